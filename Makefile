@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python
+
+.PHONY: help install check format lint types test demo coverage bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+install:  ## install in editable mode with everything that the checks need
+	pip install -e '.[test,lint]'
+
+check: lint types test  ## everything that a submission must pass
+
+format:  ## format the code
+	ruff format .
+	ruff check --fix .
+
+lint:  ## formatting and lint, without changing anything
+	ruff format --check .
+	ruff check .
+
+types:  ## type checks
+	mypy
+
+test:  ## the test suite
+	pytest
+
+demo:  ## the main job, end to end
+	irc demo
+
+coverage:  ## recompute docs/coverage.md
+	$(PYTHON) -m tests.coverage docs/coverage.md
+
+bench:  ## all benchmarks, short
+	for script in benchmarks/*.py; do $(PYTHON) $$script --quick || exit 1; done
+
+clean:  ## remove what builds and checks leave behind
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis irc-demo

@@ -1,0 +1,65 @@
+"""irc: an inference compiler for PyTorch models.
+
+    import irc
+    compiled = irc.compile(model, passes=["quantize-weights{bits=4,group-size=32}", "insert-kv-cache"])
+    print(compiled.report)
+
+Names are imported when first used, so that `import irc` and `irc --help` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irc.compiler import Compiled as Compiled
+    from irc.compiler import compile as compile
+    from irc.core.bisect import bisect as bisect
+    from irc.core.contract import PassContext as PassContext
+    from irc.core.errors import IrcError as IrcError
+    from irc.core.formats import QuantFormat as QuantFormat
+    from irc.core.manager import PassManager as PassManager
+    from irc.core.program import Program as Program
+    from irc.core.storage import load as load
+    from irc.core.storage import save as save
+    from irc.core.text import parse as parse
+    from irc.core.verifier import verify as verify
+    from irc.frontend import capture as capture
+    from irc.view.difference import diff as diff
+    from irc.view.picture import draw as draw
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Compiled": "irc.compiler",
+    "IrcError": "irc.core.errors",
+    "PassContext": "irc.core.contract",
+    "PassManager": "irc.core.manager",
+    "Program": "irc.core.program",
+    "QuantFormat": "irc.core.formats",
+    "bisect": "irc.core.bisect",
+    "capture": "irc.frontend",
+    "compile": "irc.compiler",
+    "diff": "irc.view.difference",
+    "draw": "irc.view.picture",
+    "load": "irc.core.storage",
+    "parse": "irc.core.text",
+    "save": "irc.core.storage",
+    "verify": "irc.core.verifier",
+}
+_SUBPACKAGES = ("passes", "lowering", "runtime")
+
+__all__ = [*sorted(_EXPORTS), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"irc.{name}")
+    raise AttributeError(f"module 'irc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_SUBPACKAGES})

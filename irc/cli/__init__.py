@@ -1,0 +1,1 @@
+"""The `irc` command. Modules here import torch only inside the commands, so that `--help` is quick."""

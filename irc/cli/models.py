@@ -1,0 +1,138 @@
+"""What the command line accepts as a model, and how each kind is loaded.
+
+demo, tinypy-draft         the models that ship with irc
+model.py:name              a module, or a function that returns one (or a pair: module, example inputs)
+folder/                    a program saved by irc, or a Hugging Face model folder (safetensors)
+model.pt2                  an exported program
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irc.core.program import Program
+
+MODEL_HELP = (
+    "A model: 'demo' (ships with irc), FILE.py:NAME (a module, or a function that returns one),"
+    " a program folder, a Hugging Face folder, or a .pt2 file."
+)
+_SHIPPED = {"demo": "tinypy", "tinypy": "tinypy", "draft": "tinypy-draft", "tinypy-draft": "tinypy-draft"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model as the user named it: a module or a program, with what is known about it."""
+
+    model: Any
+    name: str
+    example_inputs: Any = None
+    dynamic: Any = None
+    tokenizer: Any = None
+
+    def program(self) -> Program:
+        """The canonical program: captured now, unless the user gave one."""
+        from irc.core.program import Program
+        from irc.frontend import capture
+
+        if isinstance(self.model, Program):
+            return self.model
+        return capture(self.model, self.example_inputs, dynamic=self.dynamic, name=self.name)
+
+
+def load_model(spec: str) -> LoadedModel:
+    """Load what `spec` names.
+
+    Raises:
+        OptionError: nothing of that name, or a file of an unknown kind.
+    """
+    from irc.core.errors import OptionError
+
+    if spec in _SHIPPED:
+        return load_shipped(_SHIPPED[spec])
+    file, _, attribute = spec.rpartition(":")
+    if file.endswith(".py"):
+        return _load_python(Path(file), attribute)
+    path = Path(spec)
+    if (path / "graph.irc").is_file():
+        from irc.core.storage import load
+
+        return LoadedModel(load(path), path.name)
+    if (path / "config.json").is_file():
+        return _load_huggingface(path)
+    if path.suffix == ".pt2" and path.is_file():
+        return LoadedModel(str(path), path.stem)
+    if path.is_dir():
+        raise OptionError(f"{spec} holds neither a program (graph.irc) nor a Hugging Face model (config.json)")
+    if path.suffix == ".py":
+        raise OptionError(f"say which model in the file: {spec}:NAME")
+    reason = "is not a kind of model that irc reads" if path.exists() else "does not exist"
+    raise OptionError(f"{spec} {reason}. {MODEL_HELP}")
+
+
+def load_shipped(which: str) -> LoadedModel:
+    """The demo model or its draft, with tokenizer and example inputs."""
+    import torch
+    from tokenizers import Tokenizer
+
+    from irc.demo import tinypy
+
+    tokenizer = Tokenizer.from_file(str(tinypy.model_dir("tinypy") / "tokenizer.json"))
+    ids = tokenizer.encode("def main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n").ids[:16]
+    example = torch.tensor([ids, ids[::-1]])
+    return LoadedModel(tinypy.load_model(which), which, (example,), ({0: "B", 1: "S"},), tokenizer)
+
+
+def _load_python(path: Path, attribute: str) -> LoadedModel:
+    from torch import nn
+
+    from irc.core.errors import OptionError, nearest
+
+    if not path.is_file():
+        raise OptionError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, attribute, None)
+    if found is None:
+        names = [n for n, value in vars(module).items() if callable(value) or isinstance(value, nn.Module)]
+        raise OptionError(f"{path} has no {attribute!r}{nearest(attribute, names)}")
+    if not isinstance(found, nn.Module) and callable(found):
+        found = found()
+    example = None
+    if isinstance(found, tuple) and len(found) == 2:
+        found, example = found
+    if not isinstance(found, nn.Module):
+        raise OptionError(f"{path}:{attribute} gives a {type(found).__name__}, not a torch.nn.Module")
+    return LoadedModel(found.eval(), attribute, example)
+
+
+def _load_huggingface(path: Path) -> LoadedModel:
+    from irc.core.errors import OptionError
+
+    try:
+        import transformers
+    except ImportError:
+        raise OptionError(
+            "a Hugging Face folder needs transformers: pip install 'irc-compiler[transformers]'"
+        ) from None
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    architectures = json.loads((path / "config.json").read_text()).get("architectures") or []
+    cls = getattr(transformers, architectures[0], None) if architectures else None
+    if cls is None:
+        cls = transformers.AutoModelForCausalLM
+    if not list(path.glob("*.safetensors")):
+        raise OptionError(f"{path} has no .safetensors weights (other formats could run code when loaded)")
+    model = cls.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
+    tokenizer = None
+    if (path / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    return LoadedModel(model.eval(), path.name, tokenizer=tokenizer)

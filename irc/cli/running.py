@@ -1,0 +1,113 @@
+"""Commands that lower and run: compile, generate, targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from irc.cli.models import load_model
+from irc.cli.programs import Model, Verify, VerifyOption
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to the application."""
+    for command in (compile, generate, targets):
+        app.command()(command)
+
+
+def compile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to save the artifact.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
+    passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
+    verify: VerifyOption = Verify.EACH,
+    dump_dir: Annotated[
+        Path | None, typer.Option(help="Write the program after each pass to numbered files here.")
+    ] = None,
+) -> None:
+    """Compile a model for a target and save the artifact.
+
+    Examples:
+
+        irc compile demo --target onnx -o tinypy.onnx
+
+        irc compile demo -t reference -p 'quantize-weights{bits=8},insert-kv-cache' -o tinypy.compiled
+    """
+    from rich.console import Console
+
+    from irc.compiler import compile as compile_model
+
+    loaded = load_model(model)
+    compiled = compile_model(
+        loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
+        verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
+    )  # fmt: skip
+    Console().print(compiled.report.table())
+    compiled.save(output)
+    typer.echo(f"{target} artifact → {output}")
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
+    verify: VerifyOption = Verify.OFF,
+) -> None:
+    """Generate text from prompts with the reference target.
+
+    Examples:
+
+        irc generate demo --prompt 'def main(' -n 80
+
+        irc generate demo --prompt 'import os' --prompt 'class Queue' --temperature 0.8 --top-p 0.95 --seed 1
+    """
+    from irc.compiler import compile as compile_model
+    from irc.core.errors import OptionError
+
+    loaded = load_model(model)
+    if loaded.tokenizer is None:
+        raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
+    compiled = compile_model(
+        loaded.model, passes=passes, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
+        verify=verify.value, tokenizer=loaded.tokenizer,
+    )  # fmt: skip
+    streaming = len(prompt) == 1
+    if streaming:
+        typer.echo(prompt[0], nl=False)
+
+    def show(index: int, token_id: int, text: str) -> None:
+        if streaming:
+            typer.echo(text, nl=False)
+
+    result = compiled.generate(
+        prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stream=show
+    )
+    if streaming:
+        typer.echo("")
+    else:
+        for given, text in zip(prompt, result.text, strict=True):
+            typer.echo(f"── {given!r}\n{given}{text}\n")
+    typer.echo(str(result.stats), err=True)
+
+
+def targets() -> None:
+    """List the targets and whether they can be used here."""
+    import importlib
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from irc.core.target import registered_targets
+
+    importlib.import_module("irc.lowering")  # registers them
+    table = Table("target", "what it gives", "here")
+    for name, target in registered_targets().items():
+        table.add_row(name, target.description, target.available() or "ready")
+    Console().print(table)

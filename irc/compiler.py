@@ -1,0 +1,300 @@
+"""`compile`: model → capture → passes → lowering → something that runs, with a report of all of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from irc.core.contract import PassContext
+from irc.core.errors import OptionError, StorageError
+from irc.core.instruments import Instrument
+from irc.core.kv_cache import KVCache
+from irc.core.manager import FIRST_STAGE, PassManager, Verify
+from irc.core.pipeline import Source, parse_pipeline
+from irc.core.program import Program
+from irc.core.report import Report, Row
+from irc.core.target import Artifact, Target, get_target
+from irc.runtime.decoding import Decoder, decoder_for
+from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
+from irc.runtime.results import GenerationResult
+from irc.runtime.sampling import Sampling
+
+_INFO_FILE, _TOKENIZER_FILE = "compiled.json", "tokenizer.json"
+
+
+def compile(
+    model: Any,
+    passes: Source | None = None,
+    *,
+    target: str | Target = "reference",
+    example_inputs: Any = None,
+    dynamic: Any = None,
+    verify: Verify = "each",
+    options: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    instruments: Sequence[Instrument] = (),
+    dump_dir: str | Path | None = None,
+    repro_dir: str | Path | None = None,
+    pass_options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Compiled:
+    """Compile a model for a target.
+
+    Args:
+        model: whatever `irc.capture` takes, or a `Program`.
+        passes: a list, text or YAML file; None: the target's default pipeline (for causal language models that
+            inserts a key-value cache where possible).
+        target: its name, or a target.
+        example_inputs, dynamic, name: as for `irc.capture`.
+        verify: compare numbers after `each` pass, at the `end`, or not at all (`off`). Unless off, the artifact
+            is compared with its program too.
+        options: of the target.
+        tokenizer: for text in `generate`: of `tokenizers` or of transformers.
+        instruments, dump_dir, repro_dir: as for `irc.PassManager`.
+        pass_options: values that passes may ask for (calibration data and such).
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        PassError, VerificationError: a pass failed, or broke its promise.
+        TargetError: the target cannot take the program, or cannot be used here.
+        OptionError: unknown names or options.
+        NumericError: the artifact computes something else than its program.
+    """
+    chosen = get_target(target) if isinstance(target, str) else target
+    chosen.require_available()
+    pipeline = parse_pipeline(passes) if passes is not None else None  # a typing error shows before the long work
+    started = time.perf_counter()
+    program = _program(model, example_inputs, dynamic, name)
+    capture_ms = (time.perf_counter() - started) * 1e3
+    manager = PassManager(
+        pipeline if pipeline is not None else chosen.default_passes(program),
+        verify=verify, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir,
+        ctx=PassContext(options=dict(pass_options or {})),
+    )  # fmt: skip
+    result = manager.run(program)
+    result.report.rows[0].ms = capture_ms
+    artifact, row = _lower(chosen, result.program, options, check=verify != "off")
+    row.flops = result.report.rows[-1].flops
+    result.report.rows.append(row)
+    return Compiled(
+        artifact=artifact, program=result.program, stages=result.stages, report=result.report, target=chosen,
+        tokenizer=tokenizer, eos=_end_tokens(model),
+    )  # fmt: skip
+
+
+def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) -> Program:
+    if not isinstance(model, Program):
+        from irc.frontend import capture
+
+        return capture(model, example_inputs, dynamic=dynamic, name=name)
+    if dynamic is not None:
+        raise OptionError("dynamic is settled when a model is captured; this is a program already")
+    if example_inputs is None:
+        return model
+    own = model.copy()
+    args, kwargs = _split(example_inputs)
+    own.example_inputs = tuple(own.flatten_inputs(args, kwargs))
+    return own
+
+
+def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _lower(target: Target, program: Program, options: Mapping[str, Any] | None, *, check: bool) -> tuple[Artifact, Row]:
+    """Lower, compare with the program, and describe both in a row of the report."""
+    coverage = target.check(program)
+    coverage.require(program)
+    started = time.perf_counter()
+    artifact = target.lower(program, options)
+    row = Row(
+        name=f"lower to {target.name}", matches=program.num_nodes, modified=True,
+        nodes=program.num_nodes, weight_bytes=program.weight_bytes, ms=(time.perf_counter() - started) * 1e3,
+    )  # fmt: skip
+    row.notes.extend(f"falls back: {concern}" for concern in coverage.fallbacks)
+    row.notes.extend(artifact.notes)
+    if check and program.example_inputs is not None:
+        started = time.perf_counter()
+        figures = artifact.verify(program)
+        figures.require()
+        row.absolute_error, row.relative_error, row.top1 = figures.absolute, figures.relative, figures.top1
+        row.notes.extend(figures.skipped)
+        row.verify_ms = (time.perf_counter() - started) * 1e3
+    return artifact, row
+
+
+def _end_tokens(model: Any) -> frozenset[int] | None:
+    """End-of-sequence tokens that a model's own configuration names."""
+    for holder in ("generation_config", "config"):
+        known = getattr(getattr(model, holder, None), "eos_token_id", None)
+        if known is not None:
+            return frozenset([known] if isinstance(known, int) else known)
+    return None
+
+
+@dataclass(kw_only=True)
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        artifact: what the target made.
+        program: the program that was lowered.
+        stages: the program after each pass by name, first `capture`.
+        report: a row a pass, and one for the lowering.
+        target, tokenizer, eos: as compiled.
+    """
+
+    artifact: Artifact
+    program: Program
+    stages: dict[str, Program] = field(repr=False)
+    report: Report = field(repr=False)
+    target: Target = field(repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    eos: frozenset[int] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and results as the model, also when a key-value cache was inserted."""
+        first = next(iter(self.stages.values()))
+        flat = first.flatten_inputs(args, kwargs)
+        if self.artifact.kv_cache is None or KVCache.of(first) is not None:
+            return first.unflatten(self.artifact.run(*flat))
+        tokens = flat[first.input_names.index(self.program.input_names[0])]
+        return first.unflatten([self._all_logits(tokens, self.artifact.kv_cache)])
+
+    def _all_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Logits of every token, by one step with fresh caches."""
+        batch, length = tokens.shape
+        if length > cache.max_length:
+            raise OptionError(
+                f"the input has {length} tokens, the key-value cache holds {cache.max_length}:"
+                f" compile with insert-kv-cache{{max-length={length}}} or more"
+            )
+        positions = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
+        return self.artifact.step(self.artifact.new_caches(batch), tokens, positions, positions)
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | int | Iterable[str | int] = (),
+        eos: int | Iterable[int] | None = None,
+        stream: StreamCallback | None = None,
+        tokenizer: Any = None,
+    ) -> GenerationResult:
+        """Continue a prompt or several: text gives `.text`, token ids give `.token_ids`.
+
+        Args:
+            prompts: a text, a list of ids, a list of either, or a tensor of ids.
+            temperature: 0: always the likeliest token.
+            top_k, top_p, min_p, seed: see `irc.runtime.sampling.Sampling`.
+            stop: texts or token ids that end a sequence and are not part of the result's text.
+            eos: end-of-sequence tokens; None: what the model or the tokenizer says; `()`: none.
+            stream: called with (index of the prompt, token id, new text) for each token.
+        """
+        return generate(
+            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            stop=stop, eos=self.eos if eos is None else eos, stream=stream,
+        )  # fmt: skip
+
+    def stream(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | int | Iterable[str | int] = (),
+        eos: int | Iterable[int] | None = None,
+        tokenizer: Any = None,
+    ) -> Generator[TokenEvent, None, GenerationResult]:
+        """As `generate`, as an iterator over tokens as they are made."""
+        return stream_tokens(
+            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            stop=stop, eos=self.eos if eos is None else eos,
+        )  # fmt: skip
+
+    def _decoder(self) -> Decoder:
+        return decoder_for(self.artifact, self.program)
+
+    # ---------------------------------------------------------------- storage
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact, and beside it what `generate` needs. Read it back with `Compiled.load`.
+
+        The reference target writes a program folder, which `irc.load` reads too.
+        """
+        written = self.artifact.save(path)
+        if written.is_dir():
+            info = {"target": self.target.name, "eos": sorted(self.eos) if self.eos is not None else None}
+            (written / _INFO_FILE).write_text(json.dumps(info) + "\n")
+            text = _tokenizer_json(self.tokenizer)
+            if text is not None:
+                (written / _TOKENIZER_FILE).write_text(text)
+        return written
+
+    @staticmethod
+    def load(path: str | Path, *, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Compiled:
+        """Read a compiled folder.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        folder = Path(path)
+        info = _read_info(folder / _INFO_FILE)
+        target = get_target(info["target"])
+        target.require_available()
+        artifact = target.load(folder, options)
+        program = getattr(artifact, "program", None)
+        if not isinstance(program, Program):
+            raise StorageError(f"{folder}: artifacts of target {target.name!r} do not hold their program")
+        if tokenizer is None and (folder / _TOKENIZER_FILE).is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
+        eos = frozenset(info["eos"]) if info["eos"] is not None else None
+        return Compiled(
+            artifact=artifact, program=program, stages={FIRST_STAGE: program}, report=Report(program.name),
+            target=target, tokenizer=tokenizer, eos=eos,
+        )  # fmt: skip
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path.parent} is no compiled model: {error}") from None
+    eos = info.get("eos") if isinstance(info, dict) else 0
+    if not isinstance(info, dict) or not isinstance(info.get("target"), str) or not isinstance(eos, list | None):
+        raise StorageError(f"{path} is damaged")
+    if any(not isinstance(token, int) for token in eos or ()):
+        raise StorageError(f"{path} is damaged: end tokens are integers, not {eos!r}")
+    return {"target": info["target"], "eos": eos}
+
+
+def _tokenizer_json(tokenizer: Any) -> str | None:
+    """The tokenizer as the JSON of the `tokenizers` library, where it has that form."""
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    to_str = getattr(inner, "to_str", None)
+    return to_str() if callable(to_str) else None

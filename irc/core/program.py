@@ -1,0 +1,453 @@
+"""`Program`: the IR. An FX graph of `aten` and `irc` ops over shared, immutable weights.
+
+A program is always runnable, typed at every node (`node.meta["val"]` is a fake tensor whose sizes
+may be symbolic), and cheap to copy: a copy has its own graph and shares every weight.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from irc.core import typed
+from irc.core.dims import Dim, Size, size_expr
+from irc.core.errors import IrcError, VerificationError
+from irc.core.evaluate import evaluate
+from irc.core.ops.registry import find_op
+from irc.core.typed import VAL as VAL
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes:
+        graph_module: carrier; its graph is the program, its attributes the weights. Passes edit
+            `program.graph_module.graph` with ordinary FX calls.
+        name: for people and file names.
+        dims: dynamic dimensions by name.
+        fake_mode: mode of all `meta["val"]`; shared by every stage that came from one capture.
+        in_spec: pytree of `(args, kwargs)` that the flat inputs (placeholders) come from.
+        out_spec: pytree that the flat outputs are put back into.
+        example_inputs: flat example inputs, one a placeholder, or None.
+        aliases: output index → input index, where an output is the next state of an input (caches).
+        metadata: JSON values that describe the program (for example `{"kv_cache": {...}}`).
+        tied: other names of weights, as the model's state dict had them: alias → name in the graph.
+    """
+
+    graph_module: fx.GraphModule
+    name: str
+    dims: dict[str, Dim]
+    fake_mode: FakeTensorMode
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example_inputs: tuple[Any, ...] | None = None
+    aliases: dict[int, int] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- structure
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """Input nodes in order."""
+        return self.graph.find_nodes(op="placeholder")
+
+    @property
+    def input_names(self) -> list[str]:
+        return [str(node.target) for node in self.placeholders]
+
+    @property
+    def output_node(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Flat outputs: nodes, or constants that the model returns."""
+        result = self.output_node.args[0]
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Weights that the graph uses, by name, in order of first use. Read-only by contract."""
+        found: dict[str, Tensor] = {}
+        for node in self.graph.find_nodes(op="get_attr"):
+            if str(node.target) not in found:
+                found[str(node.target)] = self.weight(node)
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in use; storage shared by two names counts once."""
+        return sum({id(w): w.numel() * w.element_size() for w in self.weights.values()}.values())
+
+    @property
+    def num_nodes(self) -> int:
+        """Operations: nodes without inputs, weights, size arithmetic and the output."""
+        return sum(1 for _ in self.operations())
+
+    def operations(self) -> Iterator[fx.Node]:
+        """Nodes that compute tensors, in order."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and not is_size(node) and node.target is not operator.getitem:
+                yield node
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name; raises `IrcError` with the nearest names."""
+        from irc.core.errors import nearest
+
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise IrcError(f"program {self.name} has no node {name!r}{nearest(name, [n.name for n in self.graph.nodes])}")
+
+    # ---------------------------------------------------------------- weights
+
+    def weight(self, node_or_name: fx.Node | str) -> Tensor:
+        """Tensor of a `get_attr` node or of a weight name."""
+        target = str(node_or_name.target) if isinstance(node_or_name, fx.Node) else node_or_name
+        try:
+            value = _look_up(self.graph_module, target)
+        except AttributeError:
+            raise VerificationError(f"program {self.name} has no weight {target!r}") from None
+        if not isinstance(value, Tensor):
+            raise VerificationError(f"{target!r} in program {self.name} is a {type(value).__name__}, not a tensor")
+        return value
+
+    def add_weight(self, name: str, tensor: Tensor) -> str:
+        """Register a new weight and return its name: `name`, made unique if that is taken.
+
+        Existing weights are never overwritten: another stage may share them.
+        """
+        chosen, count = name, 1
+        while _has_attr(self.graph_module, chosen):
+            chosen, count = f"{name}_{count}", count + 1
+        _attach(self.graph_module, chosen, tensor)
+        return chosen
+
+    def weight_node(self, name: str, tensor: Tensor, *, before: fx.Node) -> fx.Node:
+        """Register a new weight and insert a typed `get_attr` node for it in front of `before`."""
+        target = self.add_weight(name, tensor)
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(target)
+        node.meta[VAL] = self.fake(tensor)
+        return node
+
+    def insert(self, target: Any, *args: Any, before: fx.Node, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """Insert a typed operation in front of `before`: the easy way to add a node in a pass.
+
+        `target` is an op overload such as `torch.ops.irc.rms_norm.default`; arguments are nodes or constants.
+        """
+        readable = (
+            name
+            or str(getattr(getattr(target, "_schema", None), "name", getattr(target, "__name__", "node"))).rpartition(
+                "::"
+            )[2]
+        )
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", target, args, kwargs, name=readable)
+        self.infer_type(node)
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Make every user of `old` use `new`, and remove `old`. Both must have the same type."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """The fake (type only, static sizes) of a real tensor."""
+        with self.fake_mode:
+            return torch.empty_strided(
+                tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=_real_device(tensor)
+            )
+
+    # ---------------------------------------------------------------- types
+
+    def shape_expr(self, node: fx.Node) -> tuple[sympy.Expr, ...]:
+        """Sizes of a tensor node over the program's named dimensions."""
+        return tuple(size_expr(size, self.dims) for size in node.meta[VAL].shape)
+
+    def expr(self, size: Size) -> sympy.Expr:
+        """A size (int or symbolic) over the program's named dimensions."""
+        return size_expr(size, self.dims)
+
+    def infer_types(self) -> None:
+        """Recompute `meta["val"]` of every node from inputs and weights.
+
+        What was computed before from the same types (see `irc.core.typed`) is kept.
+
+        Raises:
+            VerificationError: an operation rejects its inputs' types or shapes.
+        """
+        for node in self.graph.nodes:
+            if node.op != "output":
+                self.infer_type(node)
+
+    def infer_type(self, node: fx.Node) -> None:
+        """Set `meta["val"]` of one node from its inputs' types (call it after inserting a node by hand)."""
+        if typed.holds(node):
+            return
+        untyped = [used.name for used in node.all_input_nodes if VAL not in used.meta]
+        if untyped:
+            raise VerificationError(
+                f"{node.name} = {node.target} uses %{untyped[0]}, which has no type", node=node.name
+            )
+        values = {n: n.meta[VAL] for n in node.all_input_nodes}
+        with torch.no_grad():
+            found = self._infer(node, values)
+        # An equal type stays the same object: what was computed from it then holds as well.
+        if not (VAL in node.meta and typed.alike(node.meta[VAL], found)):
+            node.meta[VAL] = found
+        typed.record(node)
+
+    def _infer(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "placeholder":
+            if VAL not in node.meta:
+                raise VerificationError(f"input {node.name} of program {self.name} has no type")
+            return node.meta[VAL]
+        if node.op == "get_attr":
+            tensor, known = self.weight(node), node.meta.get(VAL)
+            same = isinstance(known, Tensor) and known.shape == tensor.shape and known.dtype == tensor.dtype
+            return known if same else self.fake(tensor)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "output":
+            return args[0]
+        definition = find_op(node.target)
+        try:
+            with self.fake_mode:
+                if definition is not None:
+                    return definition.fake(*args, **kwargs)
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
+        except Exception as error:
+            raise VerificationError(
+                f"{node.name} = {node.target}: its inputs do not fit: {error}\n"
+                f"  inputs: {[describe(v) for v in pytree.tree_leaves((args, kwargs))]}"
+            ) from error
+
+    # ---------------------------------------------------------------- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program with PyTorch: same arguments and results as the captured model, no gradients."""
+        return self.unflatten(self.run(*self.flatten_inputs(args, kwargs)))
+
+    def run(self, *inputs: Any) -> list[Any]:
+        """Run on flat inputs (one a placeholder), giving flat outputs."""
+        if len(inputs) != len(self.placeholders):
+            raise IrcError(
+                f"program {self.name} takes {len(self.placeholders)} inputs"
+                f" ({', '.join(self.input_names)}), got {len(inputs)}"
+            )
+        with torch.no_grad():
+            return evaluate(self.graph, self.weight, inputs)
+
+    def flatten_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Flat inputs from a call in the model's own signature.
+
+        Entries that were no tensors at capture (None, numbers) are no inputs: they must be as they were.
+        """
+        order = self.in_spec.child(1).context if self.in_spec.num_children == 2 else None
+        if isinstance(order, list) and set(order) == set(kwargs):
+            kwargs = {key: kwargs[key] for key in order}
+        given = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if given[1] == self.in_spec:
+            return self._without_constants(given[0])
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        if not kwargs and len(leaves) == len(self.placeholders):
+            return leaves
+        by_name = dict(zip(self.input_names, args, strict=False)) | dict(kwargs)
+        if len(args) <= len(self.input_names) and set(by_name) == set(self.input_names):
+            return [by_name[name] for name in self.input_names]
+        raise IrcError(
+            f"program {self.name} takes ({', '.join(self.input_names)}); got {len(args)} positional arguments"
+            + (f" and {', '.join(kwargs)}" if kwargs else "")
+        )
+
+    def _without_constants(self, leaves: Sequence[Any]) -> list[Any]:
+        constants = {int(index): value for index, value in self.metadata.get("constant_inputs", {}).items()}
+        for index, value in constants.items():
+            if leaves[index] is not value and leaves[index] != value:
+                raise IrcError(
+                    f"input {index} of program {self.name} was captured as the constant {value!r};"
+                    f" it is {leaves[index]!r} now: capture the model again with that value"
+                )
+        return [leaf for index, leaf in enumerate(leaves) if index not in constants]
+
+    def unflatten(self, flat: Sequence[Any]) -> Any:
+        """Flat outputs in the model's own structure."""
+        return pytree.tree_unflatten(list(flat), self.out_spec)
+
+    def module(self) -> nn.Module:
+        """An ordinary `nn.Module` over this program's weights: same call, gradients included.
+
+        Parameters are the program's own tensors; train it, then `program.with_weights(module)`.
+        """
+        return ProgramModule(self)
+
+    def with_weights(self, weights: Mapping[str, Tensor] | nn.Module) -> Program:
+        """A copy that uses the given tensors for the weights of the same names (a trained `module()`, say)."""
+        given = weights.weights() if isinstance(weights, ProgramModule) else weights
+        if isinstance(given, nn.Module):
+            given = dict(given.state_dict(keep_vars=True))
+        return self.copy(replace_weights=given)
+
+    # ---------------------------------------------------------------- copies
+
+    def copy(self, *, replace_weights: Mapping[str, Tensor] | None = None) -> Program:
+        """A program with its own graph that shares every weight (but for the replaced ones)."""
+        graph = fx.Graph()
+        # Names are kept: provenance, dumps and error messages refer to them across stages.
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = dict(node.meta)
+        weights = self.weights | {k: v for k, v in (replace_weights or {}).items() if k in self.weights}
+        return Program(
+            graph_module=build_graph_module(graph, weights, self.name),
+            name=self.name,
+            dims=dict(self.dims),
+            fake_mode=self.fake_mode,
+            in_spec=self.in_spec,
+            out_spec=self.out_spec,
+            example_inputs=self.example_inputs,
+            aliases=dict(self.aliases),
+            metadata=dict(self.metadata),
+            tied=dict(self.tied),
+        )
+
+    def erase_dead(self) -> int:
+        """Remove operations and weights that nothing uses (inputs stay); returns how many."""
+        before = len(self.graph.nodes)
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users:
+                self.graph.erase_node(node)
+        return before - len(self.graph.nodes)
+
+    def __str__(self) -> str:
+        from irc.core.text.printer import print_program
+
+        return print_program(self)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{n.target}: {describe(n.meta.get(VAL))}" for n in self.placeholders)
+        return f"<irc.Program {self.name}({inputs}), {self.num_nodes} ops, {self.weight_bytes / 1e6:.1f} MB>"
+
+
+class ProgramModule(nn.Module):
+    """`Program.module()`: runs the graph with gradients; its parameters are the program's weights."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._program = [program]  # in a list: not a submodule, not part of the state dict
+        self._names: dict[str, str] = {}
+        for name, tensor in program.weights.items():
+            safe = name.replace(".", "__")
+            self._names[name] = safe
+            if tensor.is_floating_point():
+                self.register_parameter(
+                    safe, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                )
+            else:
+                self.register_buffer(safe, tensor)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights by the program's names."""
+        return {name: getattr(self, safe) for name, safe in self._names.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        program, weights = self._program[0], self.weights()
+        inputs = program.flatten_inputs(args, kwargs)
+        return program.unflatten(evaluate(program.graph, lambda node: weights[str(node.target)], inputs))
+
+
+def build_graph_module(graph: fx.Graph, weights: Mapping[str, Tensor], name: str) -> fx.GraphModule:
+    """A GraphModule over a graph whose `get_attr` targets are the given weights."""
+    root = nn.Module()
+    for target, tensor in weights.items():
+        _attach(root, target, tensor)
+    safe = "".join(c if c.isalnum() else "_" for c in name) or "Program"
+    if graph.find_nodes(op="output"):
+        return fx.GraphModule(root, graph, class_name=safe)
+    # A graph still to be filled: PyTorch writes a function without a body for one that holds inputs only.
+    end = graph.create_node("output", "output", (None,), name="unfinished")
+    module = fx.GraphModule(root, graph, class_name=safe)
+    graph.erase_node(end)
+    return module
+
+
+def is_size(node: fx.Node) -> bool:
+    """True for a node whose value is a size (symbolic integer, float or bool), not a tensor."""
+    return isinstance(node.meta.get(VAL), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def describe(value: Any) -> str:
+    """`f32[3, 16]` for a tensor, the value itself for anything else."""
+    if isinstance(value, Tensor):
+        kind = _DTYPE_NAMES.get(value.dtype, str(value.dtype))  # error texts must show types that programs do not have
+        return f"{kind}[{', '.join(str(s) for s in value.shape)}]"
+    return repr(value)
+
+
+_DTYPE_NAMES = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
+    torch.uint64: "u64", torch.uint32: "u32", torch.uint16: "u16", torch.uint8: "u8",
+    torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Short name of a type, as the text form writes it."""
+    return _DTYPE_NAMES[dtype]
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """Inverse of `dtype_name`; KeyError if unknown."""
+    return {short: dtype for dtype, short in _DTYPE_NAMES.items()}[name]
+
+
+def _attach(module: nn.Module, target: str, tensor: Tensor) -> None:
+    """Register a tensor under a dotted name, as parameter if it is one, else as buffer."""
+    *path, leaf = target.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, nn.Module())
+        module = getattr(module, step)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def _look_up(module: nn.Module, target: str) -> Any:
+    found: Any = module
+    for step in target.split("."):
+        found = getattr(found, step)
+    return found
+
+
+def _has_attr(module: nn.Module, target: str) -> bool:
+    try:
+        _look_up(module, target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _real_device(tensor: Tensor) -> torch.device:
+    # Fakes of meta weights must look like tensors that compute: on the device they will be loaded to.
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device

@@ -1,0 +1,173 @@
+"""What a pipeline did: one row a pass, as a table for people and as values for programs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from irc.core.contract import Skip
+
+_WIDTH = 140
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One pass of a run, or (first row) the program it started from.
+
+    Attributes:
+        name: stage name: the pass's, with `#2` and so on when it runs again.
+        matches: places rewritten; None for the first row.
+        flops: of one run at the example sizes; None when an operation has no cost.
+        modified: whether the program changed, found by structural hash.
+        absolute_error, relative_error: largest over all outputs and input sizes; None: not compared.
+        kl, top1: mean KL divergence (nats a token) and top-1 agreement, for programs that give logits.
+        memory_bytes: growth of the process's resident memory while the pass ran (its peak where the pass
+            set a new one).
+        verify_ms: cost of checking, which is not part of `ms`.
+    """
+
+    name: str
+    matches: int | None = None
+    skips: list[Skip] = field(default_factory=list)
+    nodes: int = 0
+    weight_bytes: int = 0
+    flops: int | None = None
+    modified: bool = False
+    absolute_error: float | None = None
+    relative_error: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    ms: float = 0.0
+    verify_ms: float = 0.0
+    memory_bytes: int = 0
+    statistics: dict[str, int | float | str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def matched_nothing(self) -> bool:
+        return self.matches == 0 and not self.modified
+
+
+@dataclass
+class Report:
+    """Rows of a run, in order; `str(report)` is the table."""
+
+    program: str
+    rows: list[Row] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of that stage."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"the report has no row {name!r}; it has {', '.join(row.name for row in self.rows)}")
+
+    @property
+    def total_ms(self) -> float:
+        return sum(row.ms for row in self.rows)
+
+    @property
+    def verify_ms(self) -> float:
+        return sum(row.verify_ms for row in self.rows)
+
+    def table(self) -> Table:
+        """A rich table of all rows, with what matched nothing marked and explained below."""
+        has_logits = any(row.kl is not None for row in self.rows)
+        table = Table(title=f"passes over {self.program}", title_justify="left", caption_justify="left")
+        for title in ("pass", "matches", "skips", "nodes", "weights", "FLOPs", "rel. error"):
+            table.add_column(title, justify="left" if title == "pass" else "right", no_wrap=True)
+        for title in ("KL", "top-1") if has_logits else ():
+            table.add_column(title, justify="right", no_wrap=True)
+        for title in ("memory", "time", "check"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in self.rows:
+            logits = (_number(row.kl), _percent(row.top1)) if has_logits else ()
+            table.add_row(
+                row.name,
+                _matches(row),
+                str(len(row.skips)) if row.skips else "",
+                str(row.nodes),
+                bytes_text(row.weight_bytes),
+                flops_text(row.flops),
+                _error(row),
+                *logits,
+                bytes_text(row.memory_bytes) if row.matches is not None else "",
+                _ms(row.ms),
+                _ms(row.verify_ms),
+            )
+        table.caption = Text("\n".join(self._remarks()), style="not dim not italic")
+        return table
+
+    def _remarks(self) -> list[str]:
+        remarks = [f"total {_ms(self.total_ms)} in passes, {_ms(self.verify_ms)} in checks"]
+        for row in self.rows:
+            if row.matched_nothing:
+                miss = nearest_miss(row.skips)
+                reason = f"nearest miss {skip_text(miss)}" if miss else "no candidate was seen"
+                remarks.append(f"{row.name} matched nothing: {reason}")
+            remarks.extend(f"{row.name}: {note}" for note in row.notes)
+        return remarks
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console.print(self.table())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip("\n")
+
+
+def nearest_miss(skips: list[Skip]) -> Skip | None:
+    """The skip whose match got furthest (the first of them)."""
+    return max(skips, key=lambda skip: skip.progress, default=None)
+
+
+def skip_text(skip: Skip) -> str:
+    """`%node (layers.0 model.py:12): reason`."""
+    return f"%{skip.node}{f' ({skip.location})' if skip.location else ''}: {skip.reason}"
+
+
+def bytes_text(count: int) -> str:
+    """`1.5 MB`, with decimal units."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def flops_text(count: int | None) -> str:
+    """`1.5G`; `?` when unknown."""
+    return "?" if count is None else _scaled(count, ("", "k", "M", "G", "T", "P")).replace(" ", "")
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}".rstrip() if unit == units[0] else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} {units[-1]}"
+
+
+def _matches(row: Row) -> Text:
+    if row.matches is None:
+        return Text("")
+    return Text("0 (!)", style="bold yellow") if row.matched_nothing else Text(str(row.matches))
+
+
+def _error(row: Row) -> str:
+    if row.matches is None:
+        return ""
+    if not row.modified:
+        return "unchanged"
+    return "not checked" if row.relative_error is None else f"{row.relative_error:.1e}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f} ms" if value < 10_000 else f"{value / 1000:.1f} s"

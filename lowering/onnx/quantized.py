@@ -1,0 +1,143 @@
+"""Quantized weights in ONNX: `irc.dequantize(stored, …)` → `DequantizeLinear` over the same integers.
+
+1. Before export, each dequantize of stored weights becomes a symbolic ONNX node of the domain `irc`, which
+   nothing decomposes or folds.
+2. Afterwards that node becomes `DequantizeLinear`, with blocks along the last axis.
+
+Two 4-bit integers lie in a byte in the same order in both formats, so the bytes are taken as they are: as
+UINT4, for signed formats with 8 added to the zero point, as they are stored. Integers of other widths are
+8-bit integers in ONNX. A dequantize of values computed at run time is left to its decomposition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from irc.core import formats
+from irc.core.errors import TargetError
+from irc.core.ops.registry import is_irc_op
+from irc.core.program import Program
+
+_DOMAIN = "irc"
+_NIBBLE_OFFSET = 8
+_FLOATS: list[tuple[torch.dtype, ir.DataType]] = [
+    (torch.float32, ir.DataType.FLOAT),
+    (torch.float16, ir.DataType.FLOAT16),
+    (torch.bfloat16, ir.DataType.BFLOAT16),
+    (torch.float64, ir.DataType.DOUBLE),
+]
+
+
+def _opaque(stored: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, dtype: int) -> Tensor:
+    shape = formats.parse(format).logical_shape(tuple(stored.shape))
+    inputs = (stored, scale) if zero_point is None else (stored, scale, zero_point)
+    return torch.onnx.ops.symbolic(
+        f"{_DOMAIN}::Dequantize",
+        inputs,
+        {"format": format, "dtype": dtype},
+        dtype=_FLOATS[dtype][0],
+        shape=shape,
+        version=1,
+    )
+
+
+def keep_opaque(program: Program) -> int:
+    """Let every dequantize of stored weights call the opaque operator; returns how many."""
+    count = 0
+    for node in list(program.operations()):
+        if not is_irc_op(node.target, "dequantize") or any(n.op != "get_attr" for n in node.all_input_nodes):
+            continue
+        stored, scale, zero_point = node.args
+        dtype = node.kwargs.get("dtype") or program.weight(scale).dtype  # type: ignore[arg-type]
+        index = [known for known, _ in _FLOATS].index(dtype)  # type: ignore[arg-type]
+        node.target = _opaque
+        node.args, node.kwargs = (stored, scale, zero_point, node.kwargs["format"], index), {}
+        count += 1
+    return count
+
+
+def lower_opaque(model: ir.Model) -> None:
+    """Replace the nodes of the domain `irc` by `DequantizeLinear`."""
+    graph = model.graph
+    for node in list(graph):
+        if node.domain == _DOMAIN:
+            _lower(graph, node)
+    unused = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
+    for name in unused:
+        del graph.initializers[name]
+    model.opset_imports.pop(_DOMAIN, None)
+
+
+def _lower(graph: ir.Graph, node: ir.Node) -> None:
+    stored, scale, zero_point = (*node.inputs, None)[:3]
+    assert stored is not None
+    assert scale is not None
+    chosen = formats.parse(node.attributes["format"].as_string())
+    wanted = _FLOATS[node.attributes["dtype"].as_int()][1]
+    if stored.const_value is None or scale.const_value is None:
+        raise TargetError(f"quantized weight {stored.name} is no stored tensor in the ONNX model")
+    scales = scale.const_value.numpy()
+    zeros = None
+    if zero_point is not None and zero_point.const_value is not None:
+        zeros = zero_point.const_value.numpy().astype(np.int16)
+    shape = chosen.logical_shape(tuple(stored.const_value.shape.numpy()))
+    attributes: dict[str, Any] = {}
+    if chosen.per_tensor:
+        scales, zeros = scales.reshape(()), None if zeros is None else zeros.reshape(())
+    else:
+        attributes = {"axis": len(shape) - 1, "block_size": shape[-1] // scales.shape[-1]}
+    integers, kind = _integers(stored, shape, chosen)
+    if chosen.packs_two and chosen.signed:
+        zeros = (np.zeros(scales.shape, np.int16) if zeros is None else zeros) + _NIBBLE_OFFSET
+    inputs = [integers, _initializer(graph, f"{stored.name}.scale", ir.Tensor(np.ascontiguousarray(scales)))]
+    graph.initializers[integers.name] = integers  # type: ignore[index]
+    if zeros is not None:
+        inputs.append(_initializer(graph, f"{stored.name}.zero_point", _packed(zeros, kind)))
+    new = ir.node("DequantizeLinear", inputs, attributes)
+    out = new.outputs[0]
+    out.name, out.shape, out.type = node.outputs[0].name, ir.Shape(shape), ir.TensorType(scale.const_value.dtype)
+    made = [new]
+    if scale.const_value.dtype != wanted:
+        out.name = f"{node.outputs[0].name}.unrounded"
+        made.append(ir.node("Cast", [out], {"to": wanted}))
+        out = made[-1].outputs[0]
+        out.name, out.shape, out.type = node.outputs[0].name, ir.Shape(shape), ir.TensorType(wanted)
+    graph.insert_before(node, made)
+    node.outputs[0].replace_all_uses_with(out)
+    graph.remove(node, safe=True)
+
+
+def _integers(stored: ir.Value, shape: tuple[int, ...], chosen: formats.QuantFormat) -> tuple[ir.Value, ir.DataType]:
+    assert stored.const_value is not None
+    array = stored.const_value.numpy()
+    name = f"{stored.name}.integers"
+    if chosen.packs_two:
+        tensor: Any = ir.PackedTensor(array.reshape(-1), ir.DataType.UINT4, shape=ir.Shape(shape), name=name)
+        kind = ir.DataType.UINT4
+    else:
+        kind = stored.const_value.dtype
+        tensor = ir.Tensor(array, name=name)
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor), kind
+
+
+def _packed(values: np.ndarray, kind: ir.DataType) -> Any:
+    if kind == ir.DataType.UINT4:
+        flat = values.astype(np.uint8).reshape(-1)
+        flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
+        return ir.PackedTensor(flat[0::2] | (flat[1::2] << 4), kind, shape=ir.Shape(values.shape))
+    return ir.Tensor(values.astype(kind.numpy()))
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: Any) -> ir.Value:
+    chosen, count = name, 1
+    while chosen in graph.initializers:
+        chosen, count = f"{name}_{count}", count + 1
+    tensor.name = chosen
+    value = ir.Value(name=chosen, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[chosen] = value
+    return value

@@ -1,0 +1,1 @@
+"""Attention: other algorithms for it, and the key-value cache."""

@@ -1,0 +1,372 @@
+"""Which ops keep positions apart, and where their result carries the sequence: the whitelist of the proof.
+
+A rule sees an op with its operands' token layouts and gives the result's, or refuses. Most need only say
+which dimensions an op works along; the result's shape then tells where the sequence went, and the walk
+checks that it is in exactly one place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+
+from irc.core.program import VAL, is_size
+from irc.passes.attention._per_position import Layout, Refusal, Rule, Token, Walk
+
+
+def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument by schema name, wherever it was given."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            if not argument.kwarg_only and index < len(node.args):
+                return node.args[index]
+            return node.kwargs.get(name, argument.default_value if argument.has_default_value() else default)
+    return default
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _pointwise(walk: Walk, node: fx.Node) -> Token | None:
+    """Positions meet only themselves: operands agree on the dimension and its order."""
+    for arg in node.all_input_nodes:
+        if is_size(arg) and walk.carries(walk.program.expr(arg.meta[VAL])):
+            raise Refusal(f"computes with the sequence length ({arg.name}), which a single step does not know")
+    return _pointwise_of(walk, node, (node.args, node.kwargs), len(node.meta[VAL].shape))
+
+
+def _pointwise_of(walk: Walk, node: fx.Node, operands: Any, rank: int) -> Token | None:
+    found = walk.layouts_of(operands)
+    aligned = {Token(t.dim + rank - len(n.meta[VAL].shape), t.inner) for n, t in found.items()}
+    if len(aligned) > 1:
+        raise Refusal("pairs positions with positions; only attention may")
+    return next(iter(aligned), None)
+
+
+def _same_size(walk: Walk, node: fx.Node) -> Token | None:
+    """Casts, copies and other ops of one operand that keep every element in its place."""
+    return walk.layout(node.args[0])
+
+
+def _uniform(walk: Walk, node: fx.Node) -> None:
+    """Constants whose shape, not value, comes from data."""
+
+
+def _shape_says(walk: Walk, node: fx.Node) -> Layout:
+    """Ops that move whole dimensions: the result's one dimension that carries S is the token's."""
+    found = walk.layouts_of(node.args)
+    if not found:
+        return None
+    inners = {t.inner for t in found.values()}
+    sizes = {walk.shape(n)[t.dim] for n, t in found.items()}
+    if len(inners) > 1 or len(sizes) > 1:
+        raise Refusal("combines different token layouts")
+
+    def token_of(value: Any) -> Token | None:
+        dims = walk.token_dims(value)
+        if len(dims) != 1 or walk.program.expr(value.shape[dims[0]]) not in sizes:
+            raise Refusal(f"cuts, repeats or pairs the sequence dimension {walk.sequence.name}")
+        return Token(dims[0], next(iter(inners)))
+
+    value = node.meta[VAL]
+    return tuple(token_of(v) for v in value) if isinstance(value, (tuple, list)) else token_of(value)
+
+
+def _along(argument: str | Callable[[fx.Node], list[int]], verb: str) -> Rule:
+    """Ops that work along given dimensions (all, when None): none of them may hold S or B."""
+
+    def rule(walk: Walk, node: fx.Node) -> Layout:
+        dims = argument(node) if callable(argument) else _argument(node, argument)
+        source = _argument(node, "tensors") or node.args[0]
+        operands = source if isinstance(source, (list, tuple)) else [source]
+        for operand in operands:
+            sizes = walk.shape(operand)
+            if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+                touched = list(range(len(sizes)))
+            else:
+                touched = [d % len(sizes) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+            for dim in touched:
+                mixed = walk.mixes(sizes[dim])
+                if mixed is not None:
+                    raise Refusal(f"{verb} {mixed} (dimension {dim} of {list(sizes)})")
+        return _shape_says(walk, node)
+
+    return rule
+
+
+def _slice(walk: Walk, node: fx.Node) -> Layout:
+    if walk.shape(node) == walk.shape(node.args[0]) and _argument(node, "step", 1) == 1:  # type: ignore[arg-type]
+        return walk.layout(node.args[0])
+    return _along("dim", "slices")(walk, node)
+
+
+def _view(walk: Walk, node: fx.Node) -> Token | None:
+    """Regrouping keeps row-major order: S keeps the number of elements behind one step of it."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    token = walk.layout(source)
+    if token is None:
+        return None
+    behind = token.inner * sympy.prod(walk.shape(source)[token.dim + 1 :])
+    after = sympy.Integer(1)
+    sizes = walk.shape(node)
+    for dim in reversed(range(len(sizes))):
+        if walk.carries(sizes[dim]):
+            inner = sympy.cancel(behind / after)
+            outer = sympy.cancel(sizes[dim] / (inner * walk.sequence.symbol))
+            if _is_whole(inner, walk) and _is_whole(outer, walk):
+                return Token(dim, inner)
+            break
+        after = after * sizes[dim]
+    raise Refusal(f"regroups {list(walk.shape(source))} to {list(sizes)}, which takes positions apart")
+
+
+def _is_whole(size: sympy.Expr, walk: Walk) -> bool:
+    return not walk.carries(size) and sympy.denom(size) == 1
+
+
+def _matmul(walk: Walk, node: fx.Node) -> Layout:
+    """Products that contract the last dimension of one operand with the last or second-last of another."""
+    operands = [a for a in node.args if isinstance(a, fx.Node) and not is_size(a)]
+    name = _op_name(node)
+    addend = operands.pop(0) if name in ("aten::addmm", "aten::baddbmm") else None
+    left, right = operands[0], operands[1]
+    contracted = [(left, -1), (right, -1 if name == "aten::linear" or len(walk.shape(right)) == 1 else -2)]
+    for operand, dim in contracted:
+        mixed = walk.mixes(walk.shape(operand)[dim])
+        if mixed is not None:
+            raise Refusal(f"contracts over {mixed} ({list(walk.shape(left))} times {list(walk.shape(right))})")
+    if name == "aten::linear" and walk.layout(right) is not None:
+        raise Refusal("has a weight that depends on the position")
+    found = walk.layouts_of([left, right])
+    rank = len(node.meta[VAL].shape)
+    tokens = set()
+    for operand, token in found.items():
+        of_rank = len(walk.shape(operand))
+        tokens.add(Token(token.dim + (rank - of_rank if of_rank > 1 and name != "aten::linear" else 0), token.inner))
+    if len(tokens) > 1:
+        raise Refusal("pairs positions with positions; only attention may")
+    token = next(iter(tokens), None)
+    if addend is not None and token is not None:
+        extra = walk.layout(addend, token.inner)
+        if extra is not None and Token(extra.dim + rank - len(walk.shape(addend)), extra.inner) != token:
+            raise Refusal("adds a bias of another token layout")
+    return token
+
+
+def _embedding(walk: Walk, node: fx.Node) -> Token | None:
+    if walk.layout(node.args[0]) is not None:
+        raise Refusal("looks up in a table that depends on the position")
+    return walk.layout(node.args[1])
+
+
+def _index(walk: Walk, node: fx.Node) -> Token | None:
+    """x[i, j, …] with integer tensors: weights looked up by data, or tokens repeated in order."""
+    source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    if isinstance(indices, list) and _op_name(node) == "aten::index_select":
+        indices = [None] * (int(node.args[1]) % len(walk.shape(source))) + [node.args[2]]  # type: ignore[arg-type]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if any(index.meta[VAL].dtype == torch.bool for _, index in given):
+        raise Refusal("selects by a boolean mask: the number of results depends on the data")
+    rank = max(len(index.meta[VAL].shape) for _, index in given)
+    consecutive = [dim for dim, _ in given] == list(range(given[0][0], given[0][0] + len(given)))
+    place = given[0][0] if consecutive else 0
+    token = walk.layout(source)
+    if token is None or token.dim not in dict(given):
+        return _index_elsewhere(walk, node, token, given, place, rank)
+    index = dict(given)[token.dim]
+    repeats = walk.identity(index, walk.shape(source)[token.dim]) if index not in walk.data else None
+    if repeats is None:
+        raise Refusal(f"picks tokens along {walk.sequence.name} by {index.name}, which may mix positions")
+    own = walk.token_dims(index.meta[VAL])
+    result = Token(place + own[0] + rank - len(index.meta[VAL].shape), token.inner * repeats)
+    for _, other in given:
+        extra = walk.layout(other, result.inner) if other is not index else None
+        if extra is not None and Token(place + extra.dim + rank - len(walk.shape(other)), extra.inner) != result:
+            raise Refusal("pairs positions with positions")
+    return result
+
+
+def _index_elsewhere(
+    walk: Walk, node: fx.Node, token: Token | None, given: list[tuple[int, fx.Node]], place: int, rank: int
+) -> Token | None:
+    found = walk.layouts_of([index for _, index in given])
+    if token is not None:
+        for dim, _ in given:
+            mixed = walk.mixes(walk.shape(node.args[0])[dim])  # type: ignore[arg-type]
+            if mixed is not None:
+                raise Refusal(f"indexes {mixed}")
+        if found:
+            raise Refusal("pairs positions with positions")
+        dims = walk.token_dims(node.meta[VAL])
+        return Token(dims[0], token.inner) if dims else None
+    tokens = {Token(place + t.dim + rank - len(walk.shape(n)), t.inner) for n, t in found.items()}
+    if len(tokens) > 1:
+        raise Refusal("pairs positions with positions")
+    return next(iter(tokens), None)
+
+
+def _gather(walk: Walk, node: fx.Node) -> Token | None:
+    """gather and scatter along a dimension that holds no positions; all operands share one layout."""
+    sizes = walk.shape(node.args[0])  # type: ignore[arg-type]
+    mixed = walk.mixes(sizes[int(node.args[1]) % len(sizes)])  # type: ignore[arg-type]
+    if mixed is not None:
+        raise Refusal(f"gathers or scatters along {mixed}")
+    tokens = set(walk.layouts_of(node.args).values())
+    if len(tokens) > 1:
+        raise Refusal("pairs positions with positions")
+    return next(iter(tokens), None)
+
+
+def _index_add(walk: Walk, node: fx.Node) -> Token | None:
+    """x[i // k] += source[i]: the k parts of a token are summed (experts)."""
+    target, dim, index, source = node.args[:4]
+    assert isinstance(index, fx.Node)
+    assert isinstance(target, fx.Node)
+    dim = int(dim) % len(walk.shape(target))  # type: ignore[call-overload, arg-type]
+    token = walk.layout(source)
+    walk.layout(target)
+    repeats = walk.identity(index, walk.shape(target)[dim]) if index not in walk.data else None
+    if token is None or repeats is None or token.dim != dim:
+        raise Refusal(f"adds tokens up by {index.name}, which may mix positions")
+    return Token(dim, sympy.cancel(token.inner / repeats))
+
+
+def _repeat_interleave(walk: Walk, node: fx.Node) -> Token | None:
+    source, repeats, dim = node.args[0], node.args[1], _argument(node, "dim")
+    token = walk.layout(source)
+    if token is None or not isinstance(repeats, int) or not isinstance(dim, int):
+        raise Refusal("repeats elements by data or in flat order")
+    rank = len(walk.shape(source))  # type: ignore[arg-type]
+    same = dim % rank == token.dim
+    return Token(token.dim, token.inner * repeats if same else token.inner)
+
+
+def _getitem(walk: Walk, node: fx.Node) -> Token | None:
+    parts = walk.layouts[node.args[0]]  # type: ignore[index]
+    assert isinstance(parts, tuple)
+    assert isinstance(node.args[1], int)
+    return parts[node.args[1]]
+
+
+def _scatter_along(walk: Walk, node: fx.Node) -> Token | None:
+    """A part along a dimension without positions is replaced; the other dimensions line up."""
+    target, source = node.args[:2]
+    assert isinstance(target, fx.Node)
+    assert isinstance(source, fx.Node)
+    sizes = walk.shape(target)
+    dim = int(_argument(node, "dim", 0)) % len(sizes)
+    mixed = walk.mixes(sizes[dim])
+    if mixed is not None and walk.shape(source) != sizes:
+        raise Refusal(f"replaces a part of {mixed}")
+    token = _pointwise_of(walk, node, [source], rank=len(walk.shape(source)))
+    if token is not None and len(walk.shape(source)) < len(sizes) and token.dim >= dim:
+        token = Token(token.dim + 1, token.inner)  # select_scatter: the source lacks the dimension
+    own = walk.layout(target, token.inner if token is not None else None)
+    if own is not None and token is not None and own != token:
+        raise Refusal("pairs positions with positions; only attention may")
+    return own or token
+
+
+def _rope(walk: Walk, node: fx.Node) -> Token | None:
+    token = _pointwise(walk, node)
+    if token is not None and token.dim == len(node.meta[VAL].shape) - 1:
+        raise Refusal("rotates along the sequence dimension")
+    return token
+
+
+def _last_dims(count: Callable[[fx.Node], int], verb: str) -> Rule:
+    return _along(lambda node: [-i - 1 for i in range(count(node))], verb)
+
+
+def _normalized_rank(node: fx.Node) -> int:
+    return len(_argument(node, "normalized_shape"))
+
+
+def _attention(walk: Walk, node: fx.Node) -> Token:
+    return walk.attention(walk, node)
+
+
+_REDUCE = _along("dim", "reduces over")
+_SHAPE = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy")
+_MOVE = ("unsqueeze", "squeeze", "transpose", "permute", "t", "expand", "repeat", "movedim", "swapaxes", "stack",
+         "expand_as", "numpy_T", "mT", "one_hot", "swapdims", "view_as_real", "view_as_complex")  # fmt: skip
+_SAME = ("clone", "contiguous", "to", "_to_copy", "alias", "detach", "lift_fresh_copy", "type_as", "dropout", "float",
+         "native_dropout")  # fmt: skip
+# Composite ops that lack PyTorch's `pointwise` tag.
+_POINTWISE = ("copy", "where", "masked_fill", "rsub", "true_divide", "floor_divide", "multiply", "divide", "subtract",
+              "negative", "absolute", "greater", "greater_equal", "less", "less_equal", "not_equal", "hardswish",
+              "log_sigmoid", "special_expit", "__and__", "__or__", "__xor__", "isfinite", "complex", "polar", "real",
+              "imag")  # fmt: skip
+_REDUCTIONS = ("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "logsumexp", "prod",
+               "any", "all", "linalg_vector_norm", "norm", "var_mean")  # fmt: skip
+_ALONG = {"softmax": "normalises over", "_softmax": "normalises over", "log_softmax": "normalises over",
+          "cumsum": "accumulates over", "cumprod": "accumulates over", "cummax": "accumulates over",
+          "topk": "ranks over", "sort": "sorts over", "argsort": "sorts over", "glu": "splits",
+          "split": "splits", "split_with_sizes": "splits", "chunk": "splits", "unbind": "splits",
+          "tensor_split": "splits", "select": "selects along", "cat": "concatenates along",
+          "narrow": "cuts"}  # fmt: skip
+_RULES: dict[str, Rule] = {
+    **{f"aten::{n}": _view for n in _SHAPE},
+    **{f"aten::{n}": _shape_says for n in _MOVE},
+    **{f"aten::{n}": _same_size for n in _SAME},
+    **{f"aten::{n}": _REDUCE for n in _REDUCTIONS},
+    **{f"aten::{n}": _along("dim", verb) for n, verb in _ALONG.items()},
+    **{f"aten::{n}": _along("dims", "reorders") for n in ("flip", "roll")},
+    **{f"aten::{n}": _matmul for n in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")},
+    **{f"aten::{n}": _uniform for n in ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
+                                        "new_ones", "new_full", "new_empty")},
+    **{f"aten::{n}": _gather for n in ("gather", "scatter", "scatter_add", "scatter_reduce", "take_along_dim")},
+    **{f"aten::{n}": _pointwise for n in _POINTWISE},
+    "aten::slice_scatter": _scatter_along,
+    "aten::select_scatter": _scatter_along,
+    "aten::slice": _slice,
+    "aten::embedding": _embedding,
+    "aten::index": _index,
+    "aten::index_select": _index,
+    "aten::index_add": _index_add,
+    "aten::repeat_interleave": _repeat_interleave,
+    "aten::tril": _along(lambda node: [-1, -2], "masks"),
+    "aten::triu": _along(lambda node: [-1, -2], "masks"),
+    "aten::layer_norm": _last_dims(_normalized_rank, "normalises over"),
+    "aten::native_layer_norm": _last_dims(_normalized_rank, "normalises over"),
+    "aten::rms_norm": _last_dims(_normalized_rank, "normalises over"),
+    "irc::rms_norm": _last_dims(lambda node: 1, "normalises over"),
+    "irc::glu": _pointwise,
+    "irc::rope": _rope,
+    "irc::attention": _attention,
+    "irc::flash_attention": _attention,
+}  # fmt: skip
+
+
+def _op_name(node: fx.Node) -> str:
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def rule_for(node: fx.Node) -> Rule:
+    if node.target is operator.getitem:
+        return _getitem
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return _unknown
+    if target._schema.is_mutable:
+        return _mutates
+    known = _RULES.get(target._schema.name)
+    if known is not None:
+        return known
+    return _pointwise if torch.Tag.pointwise in target.tags else _unknown
+
+
+def _unknown(walk: Walk, node: fx.Node) -> Layout:
+    kind = " (a convolution)" if "conv" in str(node.target) else ""
+    raise Refusal(f"is not known to work per position{kind}: it may mix tokens along {walk.sequence.name}")
+
+
+def _mutates(walk: Walk, node: fx.Node) -> Layout:
+    raise Refusal("writes into its operand")

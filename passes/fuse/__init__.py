@@ -1,0 +1,1 @@
+"""Fusions: fewer, larger operations with the same result."""

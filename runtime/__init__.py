@@ -1,0 +1,1 @@
+"""Runtime: drives artifacts that offer a step over tokens."""

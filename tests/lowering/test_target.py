@@ -1,0 +1,70 @@
+"""Registry, options and the check of artifacts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from irc.core.artifact_check import check_artifact
+from irc.core.errors import NumericError, OptionError, TargetError
+from irc.core.target import Concern, Coverage, Target, get_target, register_target, registered_targets
+from tests.lowering import steps
+
+
+def test_targets_register_themselves() -> None:
+    assert get_target("reference").available() is None
+    assert {"reference", "onnx"} <= set(registered_targets())
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(OptionError, match=r"no target is called 'refrence'.*did you mean 'reference'"):
+        get_target("refrence")
+
+
+def test_two_targets_of_one_name_are_refused() -> None:
+    class Other(type(get_target("reference"))):  # type: ignore[misc]
+        name = "reference"
+
+    with pytest.raises(ValueError, match="two targets"):
+        register_target(Other)
+    assert isinstance(get_target("reference"), Target)
+
+
+def test_refused_operations_are_listed_together() -> None:
+    coverage = Coverage("x", refused=[Concern("aten.a", 2, "no kernel"), Concern("aten.b", 1, "no type")])
+    assert not coverage.complete
+    with pytest.raises(TargetError, match=r"(?s)aten.a × 2: no kernel.*aten.b × 1: no type"):
+        coverage.require(steps.decoder())
+
+
+def test_check_runs_three_lengths_and_two_batches() -> None:
+    program = steps.decoder()
+    check = check_artifact("self", program.run, program)
+    assert [run.what for run in check.runs] == [f"B={b}, S={s}" for b in (1, 3) for s in (1, 5, 9)]
+    assert check.passed
+    assert check.relative == 0.0
+
+
+def test_check_sees_a_wrong_number() -> None:
+    program = steps.decoder()
+
+    def wrong(*inputs: object) -> list[torch.Tensor]:
+        (logits,) = program.run(*inputs)
+        logits[..., 0, 3] += 0.01 * logits.abs().max()
+        return [logits]
+
+    check = check_artifact("wrong", wrong, program)
+    assert not check.passed
+    assert check.relative == pytest.approx(0.01, rel=0.05)
+    with pytest.raises(NumericError, match="does not compute what its program does"):
+        check.require()
+
+
+def test_check_of_a_step_sees_a_cache_that_is_not_written() -> None:
+    program = steps.step()
+
+    def wrong(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [program.run(*inputs)[0], *inputs[3:]]
+
+    assert not check_artifact("wrong", wrong, program).passed
+    assert check_artifact("right", program.run, program).passed

@@ -1,0 +1,306 @@
+"""A bug planted in any pass is found: the error names the pass and the node.
+
+Each case runs the real pass and then spoils its result the way a mistake in its code would. Verification
+must blame that very node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+import irc
+import irc.passes
+from irc.core.contract import Pass, PassContext, PassResult, registered_passes
+from irc.core.errors import VerificationError
+from irc.core.ops import is_irc_op
+from irc.core.program import Program
+from irc.passes.canonicalize import canonical_passes
+from tests import zoo
+
+aten = torch.ops.aten
+Plant = Callable[[Program, list[fx.Node]], fx.Node]
+
+
+def planted(inner: Pass, plant: Plant, blamed: list[str]) -> Pass:
+    """The same pass with a mistake at the end of `run`; the spoiled node's name is put into `blamed`."""
+
+    def run(self: Pass, program: Program, ctx: PassContext) -> PassResult:
+        known = {node.name for node in program.graph.nodes}
+        result = type(inner).run(self, program, ctx)  # type: ignore[arg-type]
+        new = [node for node in result.program.graph.nodes if node.name not in known]
+        blamed.append(plant(result.program, new).name)
+        result.program.graph.lint()
+        return dataclasses.replace(result, modified=True)
+
+    cls = dataclass(frozen=True, kw_only=True)(type("Planted", (type(inner),), {"run": run}))
+    fields = {f.name: getattr(inner, f.name) for f in dataclasses.fields(inner)}
+    planted_pass: Pass = cls(**fields)
+    return planted_pass
+
+
+# ---------------------------------------------------------------- ways to be wrong
+
+
+def op(nodes: list[fx.Node], name: str) -> fx.Node:
+    """The first of the nodes whose operation is `irc::name` or `aten::name`."""
+    for node in nodes:
+        if is_irc_op(node.target, name) or getattr(node.target, "_schema", node).name == f"aten::{name}":
+            return node
+    raise AssertionError(f"no {name} among {[str(n.target) for n in nodes]}")
+
+
+def set_argument(name: str, index: int, value: object) -> Plant:
+    """A wrong constant, e.g. another eps."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = op(new, name)
+        node.args = (*node.args[:index], value, *node.args[index + 1 :])
+        return node
+
+    return plant
+
+
+def set_keyword(name: str, **values: object) -> Plant:
+    """A wrong option, e.g. a window that is off by one."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = op(new, name)
+        changed = {k: v(node.kwargs[k]) if callable(v) else v for k, v in values.items()}
+        node.kwargs = dict(node.kwargs) | changed
+        return node
+
+    return plant
+
+
+def swap_arguments(name: str, a: int, b: int) -> Plant:
+    """Two operands the wrong way round."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = op(new, name)
+        args = list(node.args)
+        args[a], args[b] = args[b], args[a]
+        node.args = tuple(args)
+        return node
+
+    return plant
+
+
+def spoil_weight(name: str, index: int, change: Callable[[Tensor], Tensor]) -> Plant:
+    """A new weight that was computed wrongly; the operation that reads it is to blame."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = op(new, name)
+        weight = node.args[index]
+        assert isinstance(weight, fx.Node)
+        assert weight.op == "get_attr"
+        wrong = program.weight_node(f"{weight.target}_wrong", change(program.weight(weight)), before=node)
+        node.replace_input_with(weight, wrong)
+        return node
+
+    return plant
+
+
+def spoil_constant(change: Callable[[Tensor], Tensor]) -> Plant:
+    """A folded constant of the wrong value."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = next(n for n in new if n.op == "get_attr")
+        name = program.add_weight("wrong", change(program.weight(node)))
+        node.target = name
+        return node
+
+    return plant
+
+
+def bypass(name: str) -> Plant:
+    """A live operation removed as if it did nothing; its user now reads another value."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        node = op(list(program.graph.nodes), name)
+        source, user = node.all_input_nodes[0], next(iter(node.users))
+        node.replace_all_uses_with(source)
+        program.graph.erase_node(node)
+        return user
+
+    return plant
+
+
+def confuse(name: str) -> Plant:
+    """Two different operations taken for the same one."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        same = [n for n in program.graph.nodes if getattr(n.target, "_schema", n).name == f"aten::{name}"]
+        first, second = same[0], same[1]
+        user = next(iter(second.users))
+        second.replace_all_uses_with(first)
+        program.graph.erase_node(second)
+        return user
+
+    return plant
+
+
+def swap_halves(program: Program, new: list[fx.Node]) -> fx.Node:
+    """A merged linear whose parts are taken in the wrong order: the first wrong part is to blame."""
+    split = op(new, "split_with_sizes") if any("split_with_sizes" in str(n.target) for n in new) else op(new, "split")
+    items = sorted(split.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
+    same = [n for n in items if n.meta["val"].shape == items[-1].meta["val"].shape]
+    a, b = same[-2], same[-1]
+    a.args, b.args = (split, b.args[1]), (split, a.args[1])
+    return a
+
+
+# ---------------------------------------------------------------- models that a pass has work on
+
+
+def of_zoo(name: str) -> Callable[[], Program]:
+    return lambda: zoo.captured(name)
+
+
+def prepared(pass_name: str, program: Program) -> Program:
+    """A raw program after the canonicalization passes that come before `pass_name`; others as they are."""
+    names = [p.name for p in canonical_passes()]
+    if pass_name not in names:
+        return program
+    return irc.PassManager(canonical_passes()[: names.index(pass_name)], verify="off").run(program).program
+
+
+def raw(name: str) -> Callable[[], Program]:
+    return lambda: zoo.captured(name, canonicalize=False)
+
+
+class Pieces(nn.Module):
+    """What the small passes look for, once each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+        self.scale, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6))
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).mean((2, 3))
+        mean = x.mean(-1, keepdim=True)
+        var = (x - mean).pow(2).mean(-1, keepdim=True)
+        x = (x - mean) / torch.sqrt(var + 1e-5) * (self.scale * 2) + self.bias
+        x = x * 1.0 + 0.0
+        h = torch.relu(self.up(x))
+        return self.down(h) + torch.tanh(x) * torch.tanh(-x)
+
+
+def pieces(*, canonical: bool) -> Callable[[], Program]:
+    def build() -> Program:
+        torch.manual_seed(0)
+        return irc.capture(Pieces().eval(), (torch.randn(3, 3, 5, 5),), canonicalize=canonical)
+
+    return build
+
+
+CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
+    "drop-noise": (raw("tinypy"), {}, bypass("silu")),
+    "raise-linear": (
+        raw("gpt2"),
+        {},
+        spoil_weight("linear", 1, lambda w: w.flip(0)),
+    ),
+    "raise-rms-norm: eps": (raw("tinypy"), {}, set_argument("rms_norm", 2, 1e-1)),
+    "raise-layer-norm: eps": (
+        pieces(canonical=False),
+        {},
+        set_argument("layer_norm", 4, 1e-1),
+    ),
+    "raise-attention: scale": (
+        raw("tinypy"),
+        {},
+        set_keyword("attention", scale=lambda s: s * 1.1),
+    ),
+    "raise-attention: window": (
+        raw("mistral"),
+        {},
+        set_keyword("attention", window=lambda w: w + 1),
+    ),
+    "raise-attention: mask": (raw("llama"), {}, set_keyword("attention", mask="full")),
+    "raise-rope: pairs": (raw("tinypy"), {}, set_keyword("rope", interleaved=True)),
+    "raise-rope: sine": (raw("tinypy"), {}, swap_arguments("rope", 1, 2)),
+    "raise-glu: swapped": (raw("tinypy"), {}, swap_arguments("glu", 0, 1)),
+    "raise-glu: activation": (raw("tinypy"), {}, set_keyword("glu", activation="gelu")),
+    "simplify-algebra": (pieces(canonical=False), {}, bypass("neg")),
+    "fold-constants": (pieces(canonical=False), {}, spoil_constant(lambda w: w.roll(1))),
+    "eliminate-common-subexpressions": (
+        pieces(canonical=False),
+        {},
+        confuse("tanh"),
+    ),
+    "eliminate-dead-code": (pieces(canonical=False), {}, bypass("tanh")),
+    "fold-conv-batch-norm": (pieces(canonical=True), {}, spoil_weight("conv2d", 1, lambda w: w * 1.01)),
+    "fuse-activation": (pieces(canonical=True), {}, set_keyword("linear_activation", activation="gelu")),
+    "merge-qkv": (of_zoo("llama"), {}, swap_halves),
+    "merge-gate-up": (of_zoo("llama"), {}, swap_halves),
+    "substitute-flash-attention: mask": (of_zoo("llama"), {}, set_keyword("flash_attention", mask="full")),
+    "substitute-flash-attention: window": (
+        of_zoo("mistral"),
+        {},
+        set_keyword("flash_attention", window=lambda w: w - 1),
+    ),
+    "quantize-weights: scale transposed": (
+        of_zoo("llama"),
+        {"bits": 8, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s.flatten().view(s.shape[1], s.shape[0]).t().contiguous()),
+    ),
+    "quantize-weights: nibbles": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16},
+        spoil_weight("dequantize", 0, lambda q: (q >> 4) | (q << 4)),
+    ),
+    "quantize-weights: zero point": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16, "symmetric": False},
+        spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_planted_bug_is_named(case: str) -> None:
+    build, options, plant = CASES[case]
+    name = case.partition(":")[0]
+    program = prepared(name, build())
+    blamed: list[str] = []
+    with pytest.raises(VerificationError) as caught:
+        irc.PassManager([planted(registered_passes()[name](**options), plant, blamed)], verify="each").run(program)
+    assert blamed, "the plant was never reached"
+    assert caught.value.pass_name == name
+    assert caught.value.node == blamed[0], str(caught.value)
+    assert name in str(caught.value)
+    assert blamed[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [set_keyword("attention", mask="full"), swap_arguments("rope", 1, 2)],
+    ids=["forgotten mask", "tables swapped"],
+)
+def test_a_bug_in_cache_insertion_is_found(plant: Plant) -> None:
+    """The inputs change, so nodes have no counterparts: the pass is named, and what differs."""
+    blamed: list[str] = []
+
+    def spoil(program: Program, new: list[fx.Node]) -> fx.Node:
+        return plant(program, list(program.graph.nodes))
+
+    pass_ = planted(registered_passes()["insert-kv-cache"](max_length=32), spoil, blamed)
+    with pytest.raises(VerificationError) as caught:
+        irc.PassManager([pass_], verify="each").run(zoo.captured("llama"))
+    assert caught.value.pass_name == "insert-kv-cache"
+
+
+def test_every_pass_has_a_planted_bug() -> None:
+    covered = {case.partition(":")[0] for case in CASES} | {"insert-kv-cache"}
+    assert covered == set(registered_passes()), "add a planted bug for each pass"

@@ -1,0 +1,173 @@
+"""The command line as a user meets it: results, exit codes, and that nothing partial is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from irc.cli import main as cli
+from irc.core.errors import IrcError
+
+MODEL = '''
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    """A convolution with batch norm and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+def build():
+    torch.manual_seed(0)
+    return Net(), (torch.randn(2, 3, 8, 8),)
+
+def broken():
+    class Data(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+    return Data(), (torch.randn(2, 3),)
+
+NUMBER = 3
+'''
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "net.py"
+    path.write_text(MODEL)
+    return f"{path}:build"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line through its real entry point; gives (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["irc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_capture_opt_check_diff(run, model: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("capture", model, "-o", first)[0] == 0
+    code, out, _ = run("opt", first, "--passes", "fold-conv-batch-norm", "--print-after-change", "-o", second)
+    assert code == 0
+    assert "fold-conv-batch-norm" in out
+    assert "program @" in out
+    assert "batch_norm" not in str(second / "graph.irc")
+    assert run("check", second, "--against", first, "--rtol", "1e-5")[0] == 0
+    code, out, _ = run("diff", first, second)
+    assert code == 1
+    assert "batch_norm" in out
+    assert run("diff", first, first)[0] == 0
+
+
+def test_dump_text_and_picture(run, model: str, tmp_path: Path) -> None:
+    code, out, _ = run("dump", model)
+    assert code == 0
+    assert "aten.conv2d" in out or "aten.convolution" in out
+    for kind in ("svg", "png"):
+        picture = tmp_path / f"net.{kind}"
+        assert run("dump", model, "--picture", picture)[0] == 0
+        assert picture.stat().st_size > 2000
+    code, out, _ = run("dump", model, "--layer", "head")
+    assert code == 0
+    assert "linear" in out
+    assert "relu" not in out
+
+
+def test_bisect_finds_nothing_wrong(run, model: str) -> None:
+    code, out, _ = run("bisect", model, "--passes", "fold-conv-batch-norm")
+    assert code == 0, out
+
+
+def test_compile_to_onnx(run, model: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    assert run("compile", model, "--target", "onnx", "-o", path)[0] == 0
+    assert path.stat().st_size > 500
+
+
+def test_lists(run) -> None:
+    code, out, _ = run("passes")
+    assert code == 0
+    assert "insert-kv-cache" in out
+    code, out, _ = run("targets")
+    assert code == 0
+    assert "reference" in out
+    assert "onnx" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["opt", "{model}", "--passes", "fold-conv-batchnorm"], ["fold-conv-batchnorm", "fold-conv-batch-norm"]),
+        (
+            ["opt", "{model}", "--passes", "quantize-wieghts,quantize-weights{bit=4}"],
+            ["quantize-wieghts", "bit", "bits"],
+        ),
+        (["opt", "{model}", "--passes", "quantize-weights{bits=4,group-size=7}"], ["7", "head"]),
+        (["capture", "{folder}/missing.py:build", "-o", "{folder}/out"], ["missing.py", "does not exist"]),
+        (["capture", "{file}:biuld", "-o", "{folder}/out"], ["biuld", "build"]),
+        (["capture", "{file}:NUMBER", "-o", "{folder}/out"], ["NUMBER"]),
+        (["capture", "{file}:broken", "-o", "{folder}/out"], ["net.py"]),
+        (["dump", "{folder}/nothing"], ["nothing", "does not exist"]),
+        (["dump", "{model}", "--picture", "{folder}/out.bmp"], ["bmp", "svg"]),
+        (["dump", "{model}", "--layer", "layer9"], ["layer9", "head"]),
+        (["compile", "{model}", "--target", "onxx", "-o", "{folder}/out"], ["onxx", "onnx"]),
+        (["check", "{folder}"], ["graph.irc"]),
+        (["generate", "{model}", "--prompt", "a"], ["tokenizer"]),
+    ],
+)
+def test_bad_input_is_a_plain_error(run, model: str, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    names = {"model": model, "file": model.rpartition(":")[0], "folder": str(tmp_path)}
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for name, value in names.items():
+        arguments = [a.replace(f"{{{name}}}", value) for a in arguments]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__")
+    assert left == [b for b in before if b != "__pycache__"]
+
+
+def test_half_written_program_is_refused(run, model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "program"
+    assert run("capture", model, "-o", folder)[0] == 0
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    code, _, err = run("check", folder)
+    assert code == 2
+    assert "weights.safetensors" in err
+
+
+def test_help_is_quick_and_has_examples() -> None:
+    runner = CliRunner()
+    result: Result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("demo", "capture", "opt", "dump", "diff", "check", "compile", "generate", "bisect"):
+        assert command in result.stdout
+        assert "Examples" in runner.invoke(cli.app, [command, "--help"]).stdout
+
+
+def test_errors_form_one_tree() -> None:
+    import irc.core.errors as errors
+
+    for value in vars(errors).values():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, IrcError)
