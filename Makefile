@@ -29,7 +29,7 @@ demo:  ## the main job, end to end
 	irc demo
 
 coverage:  ## recompute docs/coverage.md
-	$(PYTHON) -m tests.coverage docs/coverage.md
+	$(PYTHON) -m tests.coverage
 
 bench:  ## all benchmarks, short
 	for script in benchmarks/*.py; do $(PYTHON) $$script --quick || exit 1; done

@@ -40,7 +40,7 @@ SIZES = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="tinypy")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -203,7 +203,7 @@ def main() -> None:
         "training": {
             key: getattr(args, key) for key in ("steps", "batch", "length", "lr", "weight_decay", "warmup", "seed")
         }
-        | {"optimizer": "AdamW(0.9, 0.95)", "autocast": "bfloat16"}
+        | {"optimizer": "AdamW(0.9, 0.95)", "autocast": "bfloat16", "compile": args.compile}
         | ({"teacher": "tinypy", "distill": args.distill} if teacher is not None else {}),
         "corpus": f"standard library of CPython {platform.python_version()}, tests left out",
         "train_tokens": train.numel(),

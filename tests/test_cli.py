@@ -51,11 +51,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["irc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
+        code = 0
+        try:
             cli.main()
-            raise SystemExit(0)
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
         captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
+        return code, captured.out, captured.err
 
     return call
 
@@ -118,7 +120,8 @@ def test_lists(run) -> None:
             ["opt", "{model}", "--passes", "quantize-wieghts,quantize-weights{bit=4}"],
             ["quantize-wieghts", "bit", "bits"],
         ),
-        (["opt", "{model}", "--passes", "quantize-weights{bits=4,group-size=7}"], ["7", "head"]),
+        (["opt", "{model}", "--passes", "quantize-weights{bits=4,group-size=7}"], ["7", "even"]),
+        (["opt", "{model}", "--passes", "quantize-weights{bits=4,group-size=14}"], ["14", "head"]),
         (["capture", "{folder}/missing.py:build", "-o", "{folder}/out"], ["missing.py", "does not exist"]),
         (["capture", "{file}:biuld", "-o", "{folder}/out"], ["biuld", "build"]),
         (["capture", "{file}:NUMBER", "-o", "{folder}/out"], ["NUMBER"]),

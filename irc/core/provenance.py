@@ -40,7 +40,7 @@ def origin_of(node: fx.Node) -> str | None:
 
 
 def module_path(node: fx.Node) -> str:
-    """The deepest module path common to the node's sources, e.g. `layers.0.attn`; its own, if it was captured itself."""
+    """The deepest module path common to the node's sources, e.g. `layers.0.attn`; its own, if it was captured."""
     paths = [source.module.split(".") for source in _telling(node) if source.module]
     if not paths:
         return ""

@@ -28,13 +28,13 @@ def culprit(before: Program, after: Program) -> str | None:
 def test_each_wrong_place_is_found(program: Program, index: int) -> None:
     with pytest.raises(NumericError) as caught:
         PassManager([SquareToPow(wrong=(index,))]).run(program)
-    assert caught.value.node == f"pow_tensor_scalar{f'_{index}' if index else ''}"
+    assert caught.value.node == f"pow_{index + 1}"
 
 
 def test_the_first_of_two_is_named(program: Program) -> None:
     with pytest.raises(NumericError) as caught:
         PassManager([SquareToPow(wrong=(2, 1))]).run(program)
-    assert caught.value.node == "pow_tensor_scalar_1"
+    assert caught.value.node == "pow_2"
 
 
 def test_a_node_that_took_over_a_later_value_is_not_blamed(program: Program) -> None:
@@ -50,7 +50,7 @@ def test_a_node_that_took_over_a_later_value_is_not_blamed(program: Program) -> 
     PassManager([TakeOver()]).run(program)
     with pytest.raises(NumericError) as caught:
         PassManager([TakeOverThenSpoil()]).run(program)
-    assert caught.value.node == "pow_tensor_scalar"
+    assert caught.value.node == "pow_1"
 
 
 def test_a_node_that_took_over_wrongly_is_blamed(program: Program) -> None:
@@ -145,7 +145,7 @@ def test_other_passes_do_not_disturb(program: Program) -> None:
     with pytest.raises(NumericError) as caught:
         PassManager([TakeOver(), SquareToPow(), PowToSquare(), SquareToPow(wrong=(2,))]).run(program)
     assert caught.value.node is not None
-    assert caught.value.node.startswith("pow_tensor_scalar_")
+    assert caught.value.node.startswith("pow_")
 
 
 def test_values_in_messages_are_torch_free(program: Program) -> None:
