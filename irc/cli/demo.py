@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -48,19 +49,22 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     loaded = load_shipped("tinypy")
     with console.status("capturing the model"):
+        started = time.perf_counter()
         program = loaded.program()
+        capture_s = time.perf_counter() - started
         held_out = held_out_windows(loaded.tokenizer, length=256, count=windows)
     story = Story(loaded.model, loaded.tokenizer, program, held_out, prompt, max_new_tokens)
 
+    console.print(f"captured {program!r} in {capture_s:.1f} s", highlight=False, markup=False)
     section("1 · compile: every pass is run and checked against the program before it")
-    labels = {"f32 + KV cache": None, "int8 g32 + KV cache": 8, "int4 g32 + KV cache": 4}
+    labels = {"f32, KV cache": None, "int8 g32, KV cache": 8, "int4 g32, KV cache": 4}
     for label, bits in labels.items():
         with console.status(f"compiling {label}"):
             compiled = story.compile(label, bits, dump_dir=output / "dumps" if bits == 4 else None)
-    console.print(compiled.report.table())
+    console.print(compiled.report)
     section("2 · what the passes changed")
     console.print(story.difference(label))
-    section("3 · before and after, on held-out files of the standard library")
+    section("3 · perplexity (ppl) and speed before and after, on held-out files")
     with console.status("measuring"):
         comparison = story.comparison()
     console.print(comparison)

@@ -104,7 +104,7 @@ def opt(
         pipeline, verify=verify.value, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir
     )
     result = manager.run(program)
-    Console().print(result.report.table())
+    Console().print(result.report)
     if output is not None:
         save(result.program, output)
         typer.echo(f"{result.program!r} → {output}")

@@ -44,7 +44,7 @@ def compile(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
     )  # fmt: skip
-    Console().print(compiled.report.table())
+    Console().print(compiled.report)
     compiled.save(output)
     typer.echo(f"{target} artifact → {output}")
 

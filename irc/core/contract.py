@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch.fx as fx
 
 from irc.core import provenance
+from irc.core.evaluate import Observer
 from irc.core.program import Program
 
 Replay = Callable[[Program, Sequence[Any]], list[Any]]
+Trace = Callable[[Program, Sequence[Any], Observer], None]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class PassResult:
         statistics: further counts for the report.
         replay: only when the signature changed: runs the new program on the *old* flat inputs and gives
             outputs comparable to the old ones, so that verification can still compare.
+        trace: goes with `replay`: the same run, showing an observer every node's value in the form that
+            its counterpart has in a run of the old program, so that a wrong number finds its node.
     """
 
     program: Program
@@ -119,6 +123,7 @@ class PassResult:
     modified: bool | None = None
     statistics: Mapping[str, int | float | str] = field(default_factory=dict)
     replay: Replay | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

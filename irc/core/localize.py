@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core import provenance
+from irc.core.contract import Trace
 from irc.core.evaluate import evaluate
 from irc.core.excerpt import node_text, window
 from irc.core.numeric import Difference, compare_values
@@ -46,8 +47,13 @@ class _Compared:
     difference: Difference
 
 
-def explain(before: Program, after: Program, inputs: Sequence[Any], allowed: float) -> Culprit:
-    """Run both programs on the same inputs and name the first node of `after` that diverges."""
+def explain(
+    before: Program, after: Program, inputs: Sequence[Any], allowed: float, *, trace: Trace | None = None
+) -> Culprit:
+    """Run both programs on the same inputs and name the first node of `after` that diverges.
+
+    `trace` runs the new program where it takes other inputs than the old one.
+    """
     candidates = {node: _counterparts(before, after, node) for node in after.graph.nodes}
     wanted = {name for names in candidates.values() for name in names}
     old: dict[str, Any] = {}
@@ -59,18 +65,24 @@ def explain(before: Program, after: Program, inputs: Sequence[Any], allowed: flo
     with torch.no_grad():
         old_outputs = evaluate(before.graph, before.weight, inputs, keep)
     compared: dict[fx.Node, _Compared] = {}
+    outputs: dict[fx.Node, Any] = {node: None for node in after.outputs if isinstance(node, fx.Node)}
 
     def compare(node: fx.Node, value: Any) -> None:
         found = _best(node, value, [(name, old[name]) for name in candidates[node] if name in old], allowed)
         if found is not None:
             compared[node] = found
+        if node in outputs:
+            outputs[node] = value
 
     with torch.no_grad():
-        new_outputs = evaluate(after.graph, after.weight, inputs, compare)
+        if trace is not None:
+            trace(after, inputs, compare)
+        else:
+            evaluate(after.graph, after.weight, inputs, compare)
     wrong = [
         out
-        for out, a, b in zip(after.outputs, old_outputs, new_outputs, strict=False)
-        if isinstance(out, fx.Node) and _differs(compare_values(a, b), allowed)
+        for out, expected in zip(after.outputs, old_outputs, strict=False)
+        if isinstance(out, fx.Node) and _differs(compare_values(expected, outputs[out]), allowed)
     ]
     return _first_culprit(after, wrong, compared, allowed)
 

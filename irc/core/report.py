@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from irc.core.contract import Skip
 
 _WIDTH = 140
+_COLUMN_MARGIN = 3
 
 
 @dataclass(kw_only=True)
@@ -74,33 +76,39 @@ class Report:
     def verify_ms(self) -> float:
         return sum(row.verify_ms for row in self.rows)
 
-    def table(self) -> Table:
-        """A rich table of all rows, with what matched nothing marked and explained below."""
-        has_logits = any(row.kl is not None for row in self.rows)
+    def table(self, width: int = _WIDTH) -> Table:
+        """A rich table of all rows, with what matched nothing marked and explained below.
+
+        Columns that do not fit into `width` characters are left out, the least telling first, and named below.
+        """
+        shown, left_out = self._fitting_columns(width)
         table = Table(title=f"passes over {self.program}", title_justify="left", caption_justify="left")
-        for title in ("pass", "matches", "skips", "nodes", "weights", "FLOPs", "rel. error"):
-            table.add_column(title, justify="left" if title == "pass" else "right", no_wrap=True)
-        for title in ("KL", "top-1") if has_logits else ():
-            table.add_column(title, justify="right", no_wrap=True)
-        for title in ("memory", "time", "check"):
-            table.add_column(title, justify="right", no_wrap=True)
+        for column in shown:
+            table.add_column(column.title, justify="left" if column is _COLUMNS[0] else "right", no_wrap=True)
         for row in self.rows:
-            logits = (_number(row.kl), _percent(row.top1)) if has_logits else ()
-            table.add_row(
-                row.name,
-                _matches(row),
-                str(len(row.skips)) if row.skips else "",
-                str(row.nodes),
-                bytes_text(row.weight_bytes),
-                flops_text(row.flops),
-                _error(row),
-                *logits,
-                bytes_text(row.memory_bytes) if row.matches is not None else "",
-                _ms(row.ms),
-                _ms(row.verify_ms),
-            )
-        table.caption = Text("\n".join(self._remarks()), style="not dim not italic")
+            table.add_row(*(column.cell(row) for column in shown))
+        remarks = self._remarks()
+        if left_out:
+            remarks.insert(0, f"too narrow for: {', '.join(column.title for column in left_out)}")
+        table.caption = Text("\n".join(remarks), style="not dim not italic")
         return table
+
+    def _fitting_columns(self, width: int) -> tuple[list[_Column], list[_Column]]:
+        has_logits = any(row.kl is not None for row in self.rows)
+        shown = [c for c in _COLUMNS if has_logits or not c.for_logits]
+        widths = {
+            c.title: max(len(c.title), *(len(str(c.cell(row))) for row in self.rows)) if self.rows else len(c.title)
+            for c in shown
+        }
+        left_out: list[_Column] = []
+        while len(shown) > 1 and 1 + sum(widths[c.title] + _COLUMN_MARGIN for c in shown) > width:
+            least = max(shown, key=lambda c: c.rank)
+            shown.remove(least)
+            left_out.append(least)
+        return shown, [c for c in _COLUMNS if c in left_out]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table(options.max_width)
 
     def _remarks(self) -> list[str]:
         remarks = [f"total {_ms(self.total_ms)} in passes, {_ms(self.verify_ms)} in checks"]
@@ -171,3 +179,29 @@ def _percent(value: float | None) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:.0f} ms" if value < 10_000 else f"{value / 1000:.1f} s"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table; the higher its rank, the sooner a narrow window does without it."""
+
+    title: str
+    rank: int
+    cell: Callable[[Row], Text | str]
+    for_logits: bool = False
+
+
+_COLUMNS = (
+    _Column("pass", 0, lambda row: row.name),
+    _Column("matches", 1, lambda row: _matches(row)),
+    _Column("skips", 8, lambda row: str(len(row.skips)) if row.skips else ""),
+    _Column("nodes", 4, lambda row: str(row.nodes)),
+    _Column("weights", 3, lambda row: bytes_text(row.weight_bytes)),
+    _Column("FLOPs", 6, lambda row: flops_text(row.flops)),
+    _Column("rel. error", 2, _error),
+    _Column("KL", 7, lambda row: _number(row.kl), for_logits=True),
+    _Column("top-1", 9, lambda row: _percent(row.top1), for_logits=True),
+    _Column("memory", 11, lambda row: bytes_text(row.memory_bytes) if row.matches is not None else ""),
+    _Column("time", 5, lambda row: _ms(row.ms)),
+    _Column("check", 10, lambda row: _ms(row.verify_ms)),
+)

@@ -180,8 +180,8 @@ def _raise_if_broken(
     lines = [f"pass {one.name!r} changed the numbers{given.what}: {problem}"]
     lines += [f"  also {text}" for _, text in broken[1:4]]
     node = None
-    if result.replay is None:
-        found = explain(before, after, given.inputs, allowed)
+    if result.replay is None or result.trace is not None:
+        found = explain(before, after, given.inputs, allowed, trace=result.trace)
         node = found.node
         lines.append(found.text)
     elif worst.position:

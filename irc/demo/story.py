@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -63,22 +63,24 @@ class Story:
 
     def comparison(self) -> Table:
         """Weight bytes, quality on held-out text and generation speed of the model and of every version."""
-        table = Table("", "weights", "perplexity", "KL", "same top token", "tokens/s", "speed-up")
+        table = Table(Column("", no_wrap=True))
+        for title in ("weights", "ppl", "KL", "top-1", "tokens/s", "speed"):
+            table.add_column(title, justify="right", no_wrap=True)
         eager_speed = self._eager_tokens_per_second()
 
         def row(label: str, num_bytes: int, quality: Quality, speed: float) -> None:
             table.add_row(
                 label,
-                f"{num_bytes / 1e6:.2f} MB",
+                f"{num_bytes / 1e6:.1f} MB",
                 f"{quality.perplexity:.3f}",
-                f"{quality.kl:.5f}",
+                f"{quality.kl:.4f}",
                 f"{quality.top1:.1%}",
                 f"{speed:.0f}",
-                f"{speed / eager_speed:.1f} ×",
+                f"{speed / eager_speed:.1f}×",
             )
 
         num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        row("PyTorch eager, f32, no cache", num_bytes, self._quality(self.model), eager_speed)
+        row("PyTorch eager, f32", num_bytes, self._quality(self.model), eager_speed)
         for label, compiled in self.versions.items():
             row(label, compiled.program.weight_bytes, self._quality(compiled), self._tokens_per_second(compiled))
         return table

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from irc.core.contract import EXACT, Finding, Pass, PassContext, PassResult, Preserves, register_pass
 from irc.core.errors import OptionError, PassError, nearest
+from irc.core.evaluate import Observer, evaluate
 from irc.core.kv_cache import METADATA_KEY, KVCache
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, dtype_from_name, dtype_name
@@ -125,12 +126,16 @@ class InsertKVCache(Pass):
         def replay(step: Program, inputs: Sequence[Any]) -> list[Any]:
             return [_replay(step, inputs[token_index], sequence.axis, sequence.batch_axis)]
 
+        def trace(step: Program, inputs: Sequence[Any], observer: Observer) -> None:
+            _trace(step, inputs[token_index], sequence, observer)
+
         return PassResult(
             program,
             matches=len(analysis.attentions),
             modified=True,
             statistics={"max_length": length, "tables": len(analysis.tables.found) + len(analysis.tables.biases)},
             replay=replay,
+            trace=trace,
         )
 
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
@@ -167,7 +172,7 @@ def _cache_of(program: Program) -> KVCache:
     return cache
 
 
-def _replay(step: Program, tokens: Tensor, axis: int, batch_axis: int) -> Tensor:
+def _replay(step: Program, tokens: Tensor, axis: int, batch_axis: int, observer: Observer | None = None) -> Tensor:
     """Logits of all tokens, from steps over parts: half at once, a few one by one, the rest at once."""
     batch, length = tokens.shape[batch_axis], tokens.shape[axis]
     limit = _cache_of(step).max_length
@@ -182,9 +187,23 @@ def _replay(step: Program, tokens: Tensor, axis: int, batch_axis: int) -> Tensor
         count = last - first
         positions = torch.arange(first, last, device=tokens.device).expand(batch, -1).contiguous()
         wanted = torch.arange(count, device=tokens.device).expand(batch, -1).contiguous()
-        part, *caches = step.run(tokens.narrow(axis, first, count), positions, wanted, *caches)
+        inputs = (tokens.narrow(axis, first, count), positions, wanted, *caches)
+        part, *caches = evaluate(step.graph, step.weight, inputs, observer)
         logits.append(part)
     return torch.cat(logits, dim=_sequence_dim(step))
+
+
+def _trace(step: Program, tokens: Tensor, sequence: TokenSequence, observer: Observer) -> None:
+    """Show the values of the replay's steps joined along the tokens: what one run of the old program had."""
+    parts: dict[torch.fx.Node, list[Any]] = {}
+    _replay(step, tokens, sequence.axis, sequence.batch_axis, lambda n, value: parts.setdefault(n, []).append(value))
+    lengths = {step.shape_expr(node)[1] for node in step.placeholders[1:3]}
+    for node, values in parts.items():
+        if not isinstance(values[0], Tensor):
+            continue  # a step's own sizes: those of the whole are other numbers
+        shape = step.shape_expr(node)
+        along = [dim for dim, size in enumerate(shape) if size in lengths]
+        observer(node, torch.cat(values, dim=along[0]) if len(along) == 1 else values[-1])
 
 
 def _sequence_dim(step: Program) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from irc.core.contract import Skip
 from irc.core.report import Report, Row, bytes_text, flops_text, nearest_miss
@@ -46,6 +49,17 @@ def report() -> Report:
 
 def test_table(report: Report) -> None:
     assert "\n".join(line.rstrip() for line in str(report).splitlines()) == TABLE
+
+
+def test_a_narrow_window_leaves_out_the_least_telling_columns(report: Report) -> None:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(report)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "too narrow for: skips, KL, top-1, memory, check" in text
+    for title in ("pass", "matches", "nodes", "weights", "FLOPs", "rel. error", "time"):
+        assert f" {title} " in text.splitlines()[2]
 
 
 def test_rows_by_name(report: Report) -> None:

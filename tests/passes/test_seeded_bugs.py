@@ -283,13 +283,36 @@ def test_a_planted_bug_is_named(case: str) -> None:
     assert blamed[0] in str(caught.value)
 
 
+def swap_caches(program: Program, new: list[fx.Node]) -> fx.Node:
+    """The second layer attends over the first layer's keys: right sizes, wrong cache."""
+    first, second = (n for n in program.graph.nodes if is_irc_op(n.target, "attention"))
+    second.args = (second.args[0], first.args[1], second.args[2])
+    return second
+
+
+def forget_history(program: Program, new: list[fx.Node]) -> fx.Node:
+    """Positions that start anew with each step: the first step is right, later ones are not."""
+    write = op(list(program.graph.nodes), "cache_write")
+    positions = write.args[2]
+    assert isinstance(positions, fx.Node)
+    first = program.insert(aten.slice.Tensor, positions, 1, 0, 1, before=write)
+    write.replace_input_with(positions, program.insert(aten.sub.Tensor, positions, first, before=write))
+    return next(iter(n for n in write.users if is_irc_op(n.target, "attention")))
+
+
 @pytest.mark.parametrize(
-    "plant",
-    [set_keyword("attention", mask="full"), swap_arguments("rope", 1, 2)],
-    ids=["forgotten mask", "tables swapped"],
+    ("model", "plant"),
+    [
+        ("llama", set_keyword("attention", mask="full")),
+        ("llama", swap_arguments("rope", 1, 2)),
+        ("mistral", set_keyword("attention", window=lambda w: w + 1)),
+        ("llama", swap_caches),
+        ("llama", forget_history),
+    ],
+    ids=["forgotten mask", "tables swapped", "window off by one", "wrong cache", "only later steps are wrong"],
 )
-def test_a_bug_in_cache_insertion_is_found(plant: Plant) -> None:
-    """The inputs change, so nodes have no counterparts: the pass is named, and what differs."""
+def test_a_bug_in_cache_insertion_is_named(model: str, plant: Plant) -> None:
+    """The inputs change; the steps' values, joined along the tokens, are held against the run without a cache."""
     blamed: list[str] = []
 
     def spoil(program: Program, new: list[fx.Node]) -> fx.Node:
@@ -297,8 +320,9 @@ def test_a_bug_in_cache_insertion_is_found(plant: Plant) -> None:
 
     pass_ = planted(registered_passes()["insert-kv-cache"](max_length=32), spoil, blamed)
     with pytest.raises(VerificationError) as caught:
-        irc.PassManager([pass_], verify="each").run(zoo.captured("llama"))
+        irc.PassManager([pass_], verify="each").run(zoo.captured(model))
     assert caught.value.pass_name == "insert-kv-cache"
+    assert caught.value.node == blamed[0], str(caught.value)
 
 
 def test_every_pass_has_a_planted_bug() -> None:
