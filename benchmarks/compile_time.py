@@ -21,6 +21,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import irc
+from irc.core.pipeline import parse_pipeline
+from irc.passes.canonicalize import canonical_passes
 
 PIPELINE = "quantize-weights{bits=4,group-size=32},merge-qkv,merge-gate-up,insert-kv-cache{max-length=512}"
 
@@ -74,7 +76,7 @@ def main() -> None:
     started = time.perf_counter()
     captured = irc.capture(model, canonicalize=False)
     capture_s = time.perf_counter() - started
-    passes = [*irc.passes.canonical_passes(), *irc.core.pipeline.parse_pipeline(PIPELINE)]
+    passes = [*canonical_passes(), *parse_pipeline(PIPELINE)]
     result = irc.PassManager(passes, verify=args.verify).run(captured)
     peak = peak_bytes() - base
 

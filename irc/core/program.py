@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irc.core import typed
@@ -227,7 +228,8 @@ class Program:
             return args[0]
         definition = find_op(node.target)
         try:
-            with self.fake_mode:
+            # PyTorch's shape functions in Python keep symbolic sizes where some of those in C++ fix them.
+            with enable_python_dispatcher(), self.fake_mode:
                 if definition is not None:
                     return definition.fake(*args, **kwargs)
                 assert callable(node.target)

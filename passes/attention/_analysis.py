@@ -87,7 +87,7 @@ def _attention(walk: Walk, tables: Tables, node: fx.Node) -> Token:
     for label, extra in (("bias", bias), ("sinks", sinks)):
         if isinstance(extra, fx.Node) and extra in walk.data:
             raise Refusal(f"has {label} that depend on the data ({extra.name}), unknown for the keys to come")
-    table = tables.bias(bias) if isinstance(bias, fx.Node) else None
+    table = tables.bias(bias, shiftable=sinks is None) if isinstance(bias, fx.Node) else None
     if mask not in _MASKS and not (table is not None and table.causal):
         raise Refusal("is bidirectional: every position sees later ones, which a cache cannot hold yet")
     return Token(2)

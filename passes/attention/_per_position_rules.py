@@ -312,6 +312,8 @@ _ALONG = {"softmax": "normalises over", "_softmax": "normalises over", "log_soft
           "split": "splits", "split_with_sizes": "splits", "chunk": "splits", "unbind": "splits",
           "tensor_split": "splits", "select": "selects along", "cat": "concatenates along",
           "narrow": "cuts"}  # fmt: skip
+# Elementwise forms of operations whose other overloads reduce.
+_POINTWISE_OVERLOADS: dict[Any, Rule] = {torch.ops.aten.max.other: _pointwise, torch.ops.aten.min.other: _pointwise}
 _RULES: dict[str, Rule] = {
     **{f"aten::{n}": _view for n in _SHAPE},
     **{f"aten::{n}": _shape_says for n in _MOVE},
@@ -357,7 +359,7 @@ def rule_for(node: fx.Node) -> Rule:
         return _unknown
     if target._schema.is_mutable:
         return _mutates
-    known = _RULES.get(target._schema.name)
+    known = _POINTWISE_OVERLOADS.get(target) or _RULES.get(target._schema.name)
     if known is not None:
         return known
     return _pointwise if torch.Tag.pointwise in target.tags else _unknown

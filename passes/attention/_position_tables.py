@@ -20,10 +20,11 @@ from irc.core.errors import IrcError
 from irc.core.program import VAL, Program, is_size
 from irc.core.slices import evaluate_at, evaluate_size, integer_constants
 from irc.passes.attention._per_position import Refusal, Token
-from irc.passes.attention._sequence import Sequence
+from irc.passes.attention._sequence import Sequence, attention_nodes
 
 DEFAULT_LENGTH = 512
 _PROBES = (2, 3, 5, 8)
+_MASKING = 1e9
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,15 @@ class Tables:
             repeats.add(k)
         return sympy.Integer(repeats.pop()) if len(repeats) == 1 else None
 
-    def bias(self, node: fx.Node) -> BiasTable | None:
-        """The bias over the whole cache; None if it does not depend on the length."""
+    def bias(self, node: fx.Node, *, shiftable: bool) -> BiasTable | None:
+        """The bias over the whole cache; None if it does not depend on the length.
+
+        `shiftable`: a number added to a whole row of scores changes nothing (softmax without sinks).
+        """
         if not self.depends_on_length(node):
             return None
         if node not in self.biases:
-            self.biases[node] = self._bias(node)
+            self.biases[node] = self._bias(node, shiftable)
         return self.biases[node]
 
     # ------------------------------------------------------------ classification
@@ -171,19 +175,22 @@ class Tables:
                 return False
         return True
 
-    def _bias(self, node: fx.Node) -> BiasTable:
-        shape = self.program.shape_expr(node)
-        symbol = self.sequence.symbol
-        carried = [i for i, size in enumerate(shape) if symbol in size.free_symbols]
-        if len(shape) != 4 or any(i not in (2, 3) or shape[i] != symbol for i in carried):
-            raise Refusal(f"has a bias {node.name} {list(shape)} that is not over queries and keys")
+    def _bias(self, node: fx.Node, shiftable: bool) -> BiasTable:
+        # Sizes are taken from values: `64 - max(0, 64 - S)` is S for every length that there is.
+        probes = {length: self._value(node, 2, length) for length in self._lengths(node)}
         full = self._value(node, 1, self.length)
-        for length in self._lengths(node):
-            value = self._value(node, 2, length)
+        carried = [i for i in range(full.ndim) if any(v.shape[i] != full.shape[i] for v in probes.values()) and i > 0]
+        fits = all(v.shape[i] == length for length, v in probes.items() for i in carried)
+        if full.ndim != 4 or not fits or any(i not in (2, 3) or full.shape[i] != self.length for i in carried):
+            shape = list(self.program.shape_expr(node))
+            raise Refusal(f"has a bias {node.name} {shape} that is not over queries and keys")
+        if shiftable:
+            full = _from_first_key(full)
+        for length, value in probes.items():
             part = full
             for dim in carried:
                 part = part.narrow(dim, 0, length)
-            if not _same(part.expand_as(value), value):
+            if not _same(part.expand_as(value), _from_first_key(value) if shiftable else value):
                 raise Refusal(f"has a bias {node.name} that changes as the sequence grows or differs between sequences")
         return BiasTable(full.contiguous(), 2 in carried, carried == [2, 3] and _masks_later_keys(full))
 
@@ -225,8 +232,12 @@ def longest_table(program: Program, sequence: Sequence, data: set[fx.Node], want
         and any(user in data for user in p.users) and tables.depends_on_length(p)
     ]  # fmt: skip
 
+    biases = {node.kwargs.get("bias") for node in attention_nodes(program)}
+
     def fits(length: int) -> bool:
-        return _computable(program, operands, tables._sizes(1, length))
+        sizes = tables._sizes(1, length)
+        planes = [[evaluate_size(program, n, sizes) for n in p.meta[VAL].shape[-2:]] for p in operands if p in biases]
+        return all(n in (1, length) for plane in planes for n in plane) and _computable(program, operands, sizes)
 
     if fits(wanted):
         return wanted
@@ -247,6 +258,13 @@ def _computable(program: Program, nodes: Iterable[fx.Node], sizes: dict[str, int
         if list(value.shape) != expected:  # slicing a table that is too short does not raise
             return False
     return True
+
+
+def _from_first_key(bias: Tensor) -> Tensor:
+    """Each row less its entry for the first key, where that is a number for every row."""
+    first = bias[..., :1]
+    # Beyond that it masks the first key: taking it away would bring back what is masked.
+    return bias - first if bias.is_floating_point() and bool((first.abs() < _MASKING).all()) else bias
 
 
 def _masks_later_keys(bias: Tensor) -> bool:

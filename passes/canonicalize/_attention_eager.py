@@ -35,6 +35,7 @@ _WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSe
 _MULTIPLY = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 _DIVIDE = frozenset({aten.div.Tensor, aten.div.Scalar})
 _ADD = frozenset({aten.add.Tensor, aten.sub.Tensor})
+_MAXIMUM = frozenset({aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default})
 _MAX_STEPS = 24
 
 
@@ -219,6 +220,8 @@ class _Walk:
                 return self._scaled(node)
             if target in _ADD:
                 return self._shifted(node)
+            if target in _MAXIMUM and self._is_lowest(node):
+                return source  # raises -inf to the lowest number: no softmax sees a difference
             if target is aten.tanh.default:
                 return self._capped(source)
             if target in _MASKED_FILL:
@@ -228,6 +231,10 @@ class _Walk:
         if target is aten.cat.default:
             return self._with_sinks(node)
         return f"its scores pass through {node.name} = {target}"
+
+    def _is_lowest(self, node: fx.Node) -> bool:
+        value = self.layouts.fill_value(node.args[1])
+        return value is not None and value <= torch.finfo(node.meta[VAL].dtype).min / 2
 
     def _only_softmax_uses(self, node: fx.Node) -> bool:
         """True when the other users only compute the row maximum that is subtracted again."""
