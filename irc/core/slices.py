@@ -34,7 +34,7 @@ def evaluate_at(program: Program, nodes: Iterable[fx.Node], sizes: Mapping[str, 
     """Values of size-only nodes with the named dimensions set to `sizes`.
 
     Raises:
-        IrcError: a node depends on an input's value, or a dimension has no size.
+        IrcError: a node depends on an input's value or on a weight without data, or a dimension has no size.
     """
     wanted = list(nodes)
     needed = _backward_slice(wanted)
@@ -47,6 +47,8 @@ def evaluate_at(program: Program, nodes: Iterable[fx.Node], sizes: Mapping[str, 
                 values[node] = evaluate_size(program, node.meta[VAL], sizes)
             elif node.op == "get_attr":
                 values[node] = program.weight(node)
+                if values[node].device.type == "meta":
+                    raise IrcError(f"weight {node.target!r} is on the meta device and has no values: load it first")
             elif node.op == "placeholder":
                 raise IrcError(f"{wanted[0].name} depends on the value of input {node.name}")
             else:

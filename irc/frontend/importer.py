@@ -204,6 +204,8 @@ class _Importer:
             raise CaptureError(f"node {node.name} is a {node.op}, which a program cannot hold")
         if isinstance(args, tuple) and node.target is operator.getitem and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]  # output of an inlined region
+        # A model without data is captured for where its weights will be loaded.
+        args, kwargs = pytree.tree_map_only(torch.device, _with_data, (args, kwargs))
         copied = self.graph.create_node("call_function", functional or node.target, args, kwargs, name=node.name)
         copied.meta[provenance.SOURCES_KEY] = frozenset(
             {
@@ -243,6 +245,10 @@ class _Importer:
             else:
                 inner[inner_node] = self._operation(inner_node, inner, body)
         raise CaptureError(f"region {node.name} has no output")
+
+
+def _with_data(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _rebind(mapping: dict[fx.Node, Any], call: fx.Node) -> None:

@@ -21,7 +21,8 @@ def find_cut(program: Program, analysis: Analysis) -> fx.Node:
         PassError: no value between the last attention and the output is laid out by batch and position.
     """
     output = program.outputs[0]
-    order = [n for n in program.graph.nodes if n in _ancestors(output)]
+    behind = _ancestors(output)
+    order = [n for n in program.graph.nodes if n in behind]
     index = {node: i for i, node in enumerate(order)}
     data = analysis.walk.data
     last_attention = max(index[n] for n in analysis.attentions if n in index)

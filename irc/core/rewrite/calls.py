@@ -15,6 +15,7 @@ from irc.core.program import VAL
 
 _DIM_ARGUMENTS = {"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"}
 SAME_OPERATION = {"aten::reshape": "aten::view", "aten::_unsafe_view": "aten::view"}
+_RESPELLED = SAME_OPERATION | {"aten::square": "aten::pow", "aten::rsub": "aten::sub"}
 _ARGUMENT_NAMES = {("aten::view", "shape"): "size"}
 _CAST_OPS = {"aten::to", "aten::_to_copy", "aten::type_as"}
 COMMUTATIVE = {"aten::add", "aten::mul", "aten::maximum", "aten::minimum", "aten::eq", "aten::logical_and"}
@@ -26,6 +27,16 @@ class NodeCall:
 
     name: str
     arguments: dict[str, Any]
+
+
+def call_name(node: fx.Node) -> str | None:
+    """The name that `call_of` would give, without looking at the arguments: most nodes are ruled out by it."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = node.target._schema.name
+    if name in _CAST_OPS and cast_input(node) is not None:
+        return "aten::to"
+    return _RESPELLED.get(name, name)
 
 
 def call_of(node: fx.Node) -> NodeCall | None:

@@ -12,7 +12,17 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.program import VAL, Program
-from irc.core.rewrite.calls import COMMUTATIVE, NodeCall, bind, call_of, cast_input, is_item, rank_of, size_along
+from irc.core.rewrite.calls import (
+    COMMUTATIVE,
+    NodeCall,
+    bind,
+    call_name,
+    call_of,
+    cast_input,
+    is_item,
+    rank_of,
+    size_along,
+)
 from irc.core.rewrite.pattern import CAST, Attribute, Call, Item, Pattern, Variable
 
 
@@ -127,7 +137,8 @@ class Matcher:
         if part.name == CAST:
             yield from self._cast(part, node, state)
             return
-        call = call_of(node)
+        same = call_name(node) == ("aten::pow" if part.name == "aten::square" else part.name)
+        call = call_of(node) if same else None
         wanted = self._words(part, node, call)
         if call is not None and wanted is not None:
             yield from self._arguments(part, node, wanted, call, state.with_part(part, node, node))

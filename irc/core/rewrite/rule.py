@@ -27,7 +27,7 @@ from irc.core.contract import EXACT, Pass, PassContext, PassResult, Preserves, S
 from irc.core.errors import PassError
 from irc.core.program import VAL, Program, describe
 from irc.core.rewrite.builder import build
-from irc.core.rewrite.calls import call_of, is_item
+from irc.core.rewrite.calls import call_name, is_item
 from irc.core.rewrite.graph import layout_of, refresh_layouts
 from irc.core.rewrite.matcher import Failure, Match, Matcher
 from irc.core.rewrite.pattern import CAST, Item, Pattern, trace_pattern
@@ -127,7 +127,7 @@ class _Application:
 
     def _candidates(self, node: fx.Node) -> list[tuple[RewriteRule, Pattern, Matcher]]:
         """Patterns that could have this node as their result, rules in the given order."""
-        name = ITEM if is_item(node) else getattr(call_of(node), "name", "")
+        name = ITEM if is_item(node) else call_name(node) or ""
         found = self._by_root.get(name, [])
         if any_type := [] if name == CAST else self._by_root.get(CAST, []):
             # A pattern that ends in a cast also fits where that cast was not needed.
