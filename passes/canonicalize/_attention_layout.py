@@ -145,12 +145,18 @@ class Layouts:
         return any(self._reads_parameter(used) for used in node.all_input_nodes)
 
     def find(
-        self, operand: fx.Node, *, order: Sequence[int] | None = None, num_heads: int | None = None
+        self,
+        operand: fx.Node,
+        *,
+        order: Sequence[int] | None = None,
+        num_heads: int | None = None,
+        stored_heads: int | None = None,
     ) -> Heads | None:
         """The source of an operand [.., T, D] (which it is after permuting its axes by `order`).
 
         Of several the one of the fewest elements, which is the one before heads were repeated.
         `num_heads`: heads of the scores, needed when a 3-D operand [B·H, T, D] may repeat heads.
+        `stored_heads`: heads that the source must have; None: as few as there are.
         """
         path = list(self._path(operand))
         best: tuple[tuple[int, int, int], Heads] | None = None
@@ -162,10 +168,13 @@ class Layouts:
             for preference, layout in enumerate(_LAYOUTS.get(source.meta[VAL].ndim, ())):
                 if not self._proves(path[:depth], source, layout, operand, order, num_heads):
                     continue
+                found = Heads(source, layout, factor)
+                if stored_heads is not None and found.num_heads != stored_heads:
+                    continue
                 # Fewest elements, then a 4-D tensor in the wanted layout, then the nearest to the operand.
                 rank = (self._numel(source), preference + 24 * (4 - source.meta[VAL].ndim), depth)
                 if best is None or rank < best[0]:
-                    best = rank, Heads(source, layout, factor)
+                    best = rank, found
         return best[1] if best else None
 
     def equals_moved(self, operand: fx.Node, source_ndim: int, equal: Equal) -> fx.Node | None:

@@ -67,7 +67,7 @@ def find_operands(
     num_heads = query_heads.num_heads
     if not isinstance(num_heads, int):
         return NoMatch(anchor, f"the number of heads of {query_heads.node.name} is not fixed")
-    found = []
+    found: list[Heads] = []
     for what, operand in (("key", key), ("value", value)):
         heads = layouts.find(operand.node, order=operand.order, num_heads=num_heads)
         if heads is None:
@@ -77,6 +77,11 @@ def find_operands(
         if str(heads.batch) != str(query_heads.batch):
             return NoMatch(anchor, f"{what} {heads.node.name} has batch {heads.batch}, query {query_heads.batch}")
         found.append(heads)
+    if found[0].num_heads != found[1].num_heads:
+        # One of them repeats heads once more than the other: both with the larger number, if they go that far.
+        stored = max(int(heads.num_heads) for heads in found)
+        again = [layouts.find(o.node, order=o.order, num_heads=num_heads, stored_heads=stored) for o in (key, value)]
+        found = [new or old for new, old in zip(again, found, strict=True)]
     if found[0].num_heads != found[1].num_heads:
         return NoMatch(anchor, f"{found[0].num_heads} key heads but {found[1].num_heads} value heads")
     return query_heads, found[0], found[1]

@@ -14,7 +14,7 @@ from tests.zoo import LENGTH, ZOO, built, captured, reference, token_ids
 # Tracing unrolls the scan over the sequence: that size is fixed, and metadata["capture"] says so.
 FIXED_LENGTH = {"mamba"}
 # Both have a different summation order than the model: batched_mm against the grouped kernel.
-EXPERTS = {"mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss"}
+EXPERTS = {"mixtral", "qwen3-moe", "deepseek-v2", "deepseek-v3", "gpt-oss"}
 
 
 def resized(inputs: Any, batch: int, length: int) -> Any:
