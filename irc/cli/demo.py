@@ -55,7 +55,7 @@ def demo(
         held_out = held_out_windows(loaded.tokenizer, length=256, count=windows)
     story = Story(loaded.model, loaded.tokenizer, program, held_out, prompt, max_new_tokens)
 
-    console.print(f"captured {program!r} in {capture_s:.1f} s", highlight=False, markup=False)
+    console.print(f"captured in {capture_s:.1f} s: {program!r}", highlight=False, markup=False)
     section("1 · compile: every pass is run and checked against the program before it")
     labels = {"f32, KV cache": None, "int8 g32, KV cache": 8, "int4 g32, KV cache": 4}
     for label, bits in labels.items():

@@ -8,7 +8,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core import provenance
-from irc.core.program import VAL, Program, dtype_name
+from irc.core.program import VAL, Program
 
 _AROUND = 3
 
@@ -54,10 +54,7 @@ def window(program: Program, node: fx.Node) -> str:
 
 
 def _type_text(program: Program, node: fx.Node) -> str:
-    value = node.meta.get(VAL)
-    if not isinstance(value, Tensor):
-        return ""
-    return f": {dtype_name(value.dtype)}[{', '.join(str(size) for size in program.shape_expr(node))}]"
+    return f": {program.type_text(node)}" if isinstance(node.meta.get(VAL), Tensor) else ""
 
 
 def _argument(value: Any) -> str:

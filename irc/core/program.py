@@ -185,6 +185,13 @@ class Program:
         """A size (int or symbolic) over the program's named dimensions."""
         return size_expr(size, self.dims)
 
+    def type_text(self, node: fx.Node) -> str:
+        """`f32[B, S, 16]`, over the program's named dimensions."""
+        value = node.meta.get(VAL)
+        if not isinstance(value, Tensor):
+            return describe(value)
+        return f"{_DTYPE_NAMES.get(value.dtype, value.dtype)}[{', '.join(map(str, self.shape_expr(node)))}]"
+
     def infer_types(self) -> None:
         """Recompute `meta["val"]` of every node from inputs and weights.
 
@@ -344,7 +351,7 @@ class Program:
         return print_program(self)
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{n.target}: {describe(n.meta.get(VAL))}" for n in self.placeholders)
+        inputs = ", ".join(f"{n.target}: {self.type_text(n)}" for n in self.placeholders)
         return f"<irc.Program {self.name}({inputs}), {self.num_nodes} ops, {self.weight_bytes / 1e6:.1f} MB>"
 
 

@@ -215,16 +215,8 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 def _input_lines(before: Program, after: Program) -> Iterable[str]:
     def listing(program: Program) -> list[str]:
-        return [f"{n.target}: {_input_type(program, n)}" for n in program.placeholders]
+        return [f"{n.target}: {program.type_text(n)}" for n in program.placeholders]
 
     left, right = listing(before), listing(after)
     yield from (f"{line} → " for line in _bundles(line for line in left if line not in right))
     yield from (f" → {line}" for line in _bundles(line for line in right if line not in left))
-
-
-def _input_type(program: Program, node: fx.Node) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return repr(value)
-    name, _, _ = describe(value).partition("[")
-    return f"{name}[{', '.join(map(str, program.shape_expr(node)))}]"

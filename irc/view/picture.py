@@ -20,7 +20,7 @@ from torch import Tensor
 
 from irc.core import provenance
 from irc.core.errors import OptionError
-from irc.core.program import VAL, Program, dtype_name, is_size
+from irc.core.program import VAL, Program, is_size
 from irc.view.layout import layered_layout
 
 FORMATS = ("svg", "png", "pdf")
@@ -162,10 +162,7 @@ def _title(node: fx.Node) -> str:
 
 
 def _type(program: Program, node: fx.Node) -> str:
-    value = node.meta.get(VAL)
-    if not isinstance(value, Tensor):
-        return ""
-    return f"{dtype_name(value.dtype)}[{', '.join(map(str, program.shape_expr(node)))}]"
+    return program.type_text(node) if isinstance(node.meta.get(VAL), Tensor) else ""
 
 
 def _short(name: str, limit: int = 26) -> str:
