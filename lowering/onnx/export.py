@@ -43,6 +43,7 @@ def export_model(program: Program, opset: int | None = None) -> ir.Model:
     own = program.copy()
     own.erase_dead()
     _store_all_scores(own)
+    quantized.fold_other_formats(own)
     num_quantized = quantized.keep_opaque(own)
     chosen = opset or (_OPSET_QUANTIZED if num_quantized else _OPSET)
     if num_quantized and chosen < _OPSET_QUANTIZED:

@@ -6,16 +6,19 @@
 
 Two 4-bit integers lie in a byte in the same order in both formats, so the bytes are taken as they are: as
 UINT4, for signed formats with 8 added to the zero point, as they are stored. Integers of other widths are
-8-bit integers in ONNX. A dequantize of values computed at run time is left to its decomposition.
+8-bit integers in ONNX. A dequantize of values computed at run time is left to its decomposition. Weights in formats
+other than integers (floats of 8 and 4 bits, GGUF blocks) are written as plain floats; `check` says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from irc.core import formats
@@ -46,13 +49,32 @@ def _opaque(stored: Tensor, scale: Tensor, zero_point: Tensor | None, format: st
     )
 
 
-def keep_opaque(program: Program) -> int:
-    """Let every dequantize of stored weights call the opaque operator; returns how many."""
-    count = 0
+def stored_weights(program: Program) -> Iterator[tuple[fx.Node, formats.Format]]:
+    """Every dequantize of stored weights with its format."""
     for node in list(program.operations()):
-        if not is_irc_op(node.target, "dequantize") or any(n.op != "get_attr" for n in node.all_input_nodes):
+        if is_irc_op(node.target, "dequantize") and all(n.op == "get_attr" for n in node.all_input_nodes):
+            yield node, formats.parse(str(node.kwargs["format"]))
+
+
+def fold_other_formats(program: Program) -> None:
+    """Weights that `DequantizeLinear` cannot read become plain floats."""
+    for node, chosen in stored_weights(program):
+        if isinstance(chosen, formats.QuantFormat):
             continue
-        stored, scale, zero_point = node.args
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: program.weight(n).detach())
+        with torch.no_grad():
+            value = torch.ops.irc.dequantize(*args, **kwargs)
+        program.replace(node, program.weight_node(f"{node.args[0]}_dequantized", value, before=node))
+    program.erase_dead()
+
+
+def keep_opaque(program: Program) -> int:
+    """Let every dequantize of stored integers call the opaque operator; returns how many."""
+    count = 0
+    for node, chosen in stored_weights(program):
+        if not isinstance(chosen, formats.QuantFormat):
+            continue
+        stored, scale, zero_point = node.args[:3]
         dtype = node.kwargs.get("dtype") or program.weight(scale).dtype  # type: ignore[arg-type]
         index = [known for known, _ in _FLOATS].index(dtype)  # type: ignore[arg-type]
         node.target = _opaque
@@ -78,6 +100,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     assert stored is not None
     assert scale is not None
     chosen = formats.parse(node.attributes["format"].as_string())
+    assert isinstance(chosen, formats.QuantFormat)
     wanted = _FLOATS[node.attributes["dtype"].as_int()][1]
     if stored.const_value is None or scale.const_value is None:
         raise TargetError(f"quantized weight {stored.name} is no stored tensor in the ONNX model")

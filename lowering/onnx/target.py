@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from irc.core import formats
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
@@ -152,6 +154,8 @@ class OnnxTarget(Target):
         return f"missing: {', '.join(missing)} (pip install them)" if missing else None
 
     def check(self, program: Program) -> Coverage:
+        from irc.lowering.onnx.quantized import stored_weights
+
         coverage = Coverage(self.name)
         for op, count in count_ops(program.operations()).items():
             if op == "irc.flash_attention":
@@ -165,6 +169,11 @@ class OnnxTarget(Target):
                 coverage.refused.append(concern)
             if node.op == "placeholder" and not isinstance(value, Tensor):
                 coverage.refused.append(Concern(node.name, 1, "this input is no tensor"))
+        floats = Counter(
+            str(chosen) for _, chosen in stored_weights(program) if not isinstance(chosen, formats.QuantFormat)
+        )
+        for text, count in floats.items():
+            coverage.fallbacks.append(Concern("irc.dequantize", count, f"weights in {text} are written as floats"))
         composite = sum(find_op(node.target) is not None for node in program.operations())
         if composite:
             coverage.fallbacks.append(Concern("irc.*", composite, "written in standard operators, not as one fused"))

@@ -56,7 +56,8 @@ def _why_not_own(program: Program, linear: fx.Node, parameter: fx.Node, uses: Co
         return f"{parameter.name}, used by {linear.name}, is computed by {parameter.target}"
     if len(parameter.users) > 1:
         return f"the dequantized weight {parameter.name} is shared by {len(parameter.users)} operations"
-    if formats.parse(str(parameter.kwargs["format"])).per_tensor:
+    chosen = formats.parse(str(parameter.kwargs["format"]))
+    if chosen.per_tensor or chosen.has_tensor_scale:
         return f"the weight {parameter.name} has one scale for the whole tensor"
     parts = [part for part in parameter.args if part is not None]
     computed = [part for part in parts if not isinstance(part, fx.Node) or part.op != "get_attr"]

@@ -1,11 +1,11 @@
-"""Round-to-nearest quantization of a weight, in row blocks, and the check of its result."""
+"""Round-to-nearest quantization of a weight to integers, in row blocks, and the check of results in any format."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from irc.core.formats import QuantFormat
+from irc.core.formats import Format, Parts, QuantFormat, dequantize_tensor
 
 # Numbers a block: small enough for the blocks' temporaries to stay in the cache.
 BLOCK = 1 << 19
@@ -16,15 +16,15 @@ def round_to_nearest(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed integers, scale and zero point (None if symmetric) of a weight [N, K].
 
-    Symmetric: scale = absmax / high of the group. Asymmetric: the group's range, widened to hold 0, is
-    spread over all integers. A group of zeros gets scale 1. On the meta device: types only.
+    Scales are those of `QuantFormat.scales_of_range`. Not for per-tensor formats (`formats.quantize_tensor` takes
+    those). On the meta device: types only.
     """
     rows, width = weight.shape
     scale_shape = chosen.scale_shape((rows, width))
     device = weight.device
     stored = torch.empty(chosen.stored_shape((rows, width)), dtype=chosen.storage_dtype, device=device)
     scale = torch.empty(scale_shape, dtype=scale_dtype, device=device)
-    zero_point = None if chosen.symmetric else torch.empty(scale_shape, dtype=torch.uint8, device=device)
+    zero_point = None if chosen.symmetric else torch.empty(scale_shape, dtype=chosen.zero_point_dtype, device=device)
     if device.type == "meta":
         return stored, scale, zero_point
     weight = weight.detach()
@@ -40,18 +40,11 @@ def _quantize_block(x: Tensor, chosen: QuantFormat, scale_out: Tensor, zero_out:
     """Packed integers of a block of rows; writes the block's scales and zero points."""
     groups = x.unflatten(-1, (scale_out.shape[-1], -1))
     low, high = torch.aminmax(groups, dim=-1)
-    if zero_out is None:
-        span, integers = torch.maximum(-low, high), chosen.high
-    else:
-        low = low.clamp(max=0)
-        span, integers = high.clamp(min=0) - low, chosen.high - chosen.low
-    scale_out.copy_(span / integers)
-    scale_out.masked_fill_(scale_out == 0, 1)
-    # From the scale as stored, so that its rounding is made up for by the integers.
-    scale = scale_out.float()
-    values = groups.mul(scale.reciprocal().unsqueeze(-1)).round_()
-    if zero_out is not None:
-        zero_point = (-low / scale).round_().clamp_(chosen.low, chosen.high)
+    found, zero_point, _ = chosen.scales_of_range(low, high, scale_out.dtype)
+    assert found is not None
+    scale_out.copy_(found)
+    values = groups.mul(found.float().reciprocal().unsqueeze(-1)).round_()
+    if zero_out is not None and zero_point is not None:
         zero_out.copy_(zero_point)
         values.add_(zero_point.unsqueeze(-1))
     return chosen.pack(values.clamp_(chosen.low, chosen.high).flatten(-2))
@@ -94,3 +87,27 @@ def _natural_step(original: Tensor, chosen: QuantFormat, num_groups: int) -> Ten
         step = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / ((1 << chosen.bits) - 1)
     # Below this a half-precision scale has lost its digits, and the whole group is as good as zero.
     return step.clamp_min(1e-6)
+
+
+def worst_block(weight: Tensor, parts: Parts, chosen: Format, dtype: torch.dtype) -> tuple[float, int, int] | None:
+    """As `worst_group`, for formats whose steps differ in size: the error in units of the largest that is right.
+
+    Returns:
+        (error over the largest right one, row, group), or None if no group is beyond 1.
+    """
+    width = weight.shape[1]
+    group = width if chosen.check_group is None else chosen.check_group
+    restored = dequantize_tensor(parts, chosen, dtype).float()
+    original = weight.detach().float()
+    groups = original.unflatten(-1, (width // group, group))
+    if chosen.per_tensor:
+        right = chosen.worst_errors(original.reshape(1, 1, -1)).expand(groups.shape[:-1])
+    else:
+        right = chosen.worst_errors(groups)
+    # Rounding of scales (f16 at the coarsest) and of the result may come on top; see `_natural_step` for 1e-6.
+    slack = (2 * torch.finfo(dtype).eps + 2**-10) * groups.abs().amax(-1) + 1e-6
+    share = (restored - original).unflatten(-1, (width // group, group)).abs().amax(-1) / (right + slack)
+    value, index = share.flatten().nan_to_num(nan=torch.inf).max(0)
+    if float(value) <= 1:
+        return None
+    return float(value), int(index) // (width // group), int(index) % (width // group)

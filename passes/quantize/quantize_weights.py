@@ -1,4 +1,4 @@
-"""Weight-only quantization by rounding to the nearest integer.
+"""Weight-only quantization by rounding to the nearest number of a format.
 
 Runs after canonicalization, folds and merges; before lowering. Layers are found in the graph: every
 `aten.linear` and `irc.linear_activation` over a stored weight, on request also convolutions and
@@ -9,7 +9,7 @@ that one of several users keeps in full precision; each is reported as a skip wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,18 +18,21 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
-from irc.core.errors import OptionError
-from irc.core.formats import QuantFormat
+from irc.core.errors import OptionError, ParseError
+from irc.core.formats import Float4Format, Float8Format, Format, Parts, QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
-from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_group
+from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_block, worst_group
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
 aten = torch.ops.aten
 
 _SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16}
-_INDIVISIBLE = ("error", "row", "skip")
+_INTEGER_OPTIONS = ("bits", "group_size", "symmetric")
+# What may stand between a dequantized weight and its user: the cut of padding, the shape of a convolution's taps.
+_AFTER = (aten.slice.Tensor, aten.view.default, aten.reshape.default)
+_INDIVISIBLE = ("error", "row", "pad", "skip")
 # Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a
 # token: what a working quantization of small and random models stays below, and a wrong scale does not.
 _LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
@@ -40,30 +43,35 @@ _LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (
 class QuantizeWeights(Pass):
     """linear(x, W) → linear(x, irc.dequantize(Q, scale, zero_point)), Q = round(W / scale) + zero_point per group.
 
-    Preserves: lossy; every weight stays within half a step of its own group's range.
+    Preserves: lossy; every weight stays within half a step of its own group's range (GGUF's super-blocks, whose
+    scales are found by search: within a share of the block's largest number).
 
     Attributes:
+        format: any format by its text (`nvfp4`, `q4_k`, `f8e4m3.row`, …: docs/formats.md); then bits, group_size and
+            symmetric keep their defaults. None: integers as these three say.
         bits: 2 to 8.
         group_size: neighbours along a row (input features) that share a scale; None: the whole row.
         symmetric: no zero point; else the integers span the group's range, widened to hold zero.
         include_embeddings: also embedding tables (and with them a head tied to one).
         include_convolutions: also convolutions, each output channel's taps as one row.
         indivisible: what to do with a row that the group size does not divide: `error` (before any work),
-            `row` (one scale for that layer's whole rows) or `skip`.
+            `row` (one scale for that layer's whole rows), `pad` (with zeros, cut off after dequantizing) or
+            `skip`.
         scale_dtype: type of the scales, `f32` or `f16`.
     """
 
     name: ClassVar[str] = "quantize-weights"
+    format: str | None = None
     bits: int = 4
     group_size: int | None = 32
     symmetric: bool = True
     include_embeddings: bool = False
     include_convolutions: bool = False
-    indivisible: Literal["error", "row", "skip"] = "error"
+    indivisible: Literal["error", "row", "pad", "skip"] = "error"
     scale_dtype: Literal["f32", "f16"] = "f32"
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [] if self.format is None else self._problems_of_format(self.format)
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             problems.append(f"bits must be 2 to 8, not {self.bits!r}")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
@@ -77,11 +85,23 @@ class QuantizeWeights(Pass):
         if problems:
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
+    def _problems_of_format(self, text: str) -> list[str]:
+        others = [f.name for f in fields(self) if f.name in _INTEGER_OPTIONS and getattr(self, f.name) != f.default]
+        problems = [f"format {text!r} leaves no choice of {', '.join(others)}"] if others else []
+        try:
+            chosen = formats.parse(text)
+        except (ParseError, OptionError) as error:
+            return [*problems, str(error)]
+        if self.indivisible == "row" and _in_rows(chosen) is None:
+            problems.append(f"format {text} has no variant with one scale a row: indivisible cannot be 'row'")
+        if self.scale_dtype != "f32" and not chosen.takes_scale_dtype:
+            problems.append(f"the scales of {text} have their own type: leave out scale_dtype")
+        return problems
+
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
-        coarse = self.group_size is None or self.group_size > 128
-        rtol, max_kl = _LIMITS[max(2, self.bits - 1) if coarse else self.bits]
+        rtol, max_kl = _LIMITS[self._format.precision]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
     def requires(self, program: Program) -> list[str]:
@@ -90,12 +110,13 @@ class QuantizeWeights(Pass):
             return []
         problems = []
         for layer in self._find(program):
-            reason = None if isinstance(layer, Skip) else _why_indivisible(self._format, layer.width)
+            reason = None if isinstance(layer, Skip) else self._format.why_not_rows_of(layer.width)
             if isinstance(layer, WeightLayer) and reason is not None:
                 where = module_path(layer.users[0])
                 problems.append(
                     f"{layer.name}{f' ({where})' if where else ''}: {reason};"
-                    " choose another group_size, or indivisible='row' or 'skip'"
+                    f" choose another {'group_size' if self.format is None else 'format'}, or indivisible="
+                    f"{repr('row') + ', ' if _in_rows(self._format) is not None else ''}'pad' or 'skip'"
                 )
         return problems
 
@@ -125,36 +146,40 @@ class QuantizeWeights(Pass):
         findings = []
         for node in result.program.graph.nodes:
             if node.name not in originals and is_irc_op(node.target, "dequantize"):
-                problem = _check(before, originals, result.program, node, self.bits)
+                problem = _check(before, originals, result.program, node, self._format.bits)
                 if problem is not None:
                     findings.append(Finding(node.name, problem))
         return findings
 
     @property
-    def _format(self) -> QuantFormat:
+    def _format(self) -> Format:
+        if self.format is not None:
+            return formats.parse(self.format)
         return QuantFormat(self.bits, self.group_size, symmetric=self.symmetric, signed=self.symmetric)
 
     def _find(self, program: Program) -> Iterator[WeightLayer | Skip]:
         return find_weight_layers(program, embeddings=self.include_embeddings, convolutions=self.include_convolutions)
 
-    def _format_for(self, program: Program, layer: WeightLayer) -> QuantFormat | Skip:
+    def _format_for(self, program: Program, layer: WeightLayer) -> Format | Skip:
         """The format of a layer's weight, or why it cannot have one."""
         candidates = [self._format]
-        if self.indivisible == "row":
-            candidates.append(replace(self._format, group_size=None))
-        reasons = [_why_indivisible(candidate, layer.width) for candidate in candidates]
+        by_row = _in_rows(self._format)
+        if self.indivisible == "row" and by_row is not None:
+            candidates.append(by_row)
+        reasons = [candidate.why_not_rows_of(layer.width) for candidate in candidates]
         fitting = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
+        if self.indivisible == "pad":
+            fitting = candidates
         problem = _why_unfit(program.weight(layer.weight)) if fitting else reasons[-1]
         if problem is not None:
             return Skip.at(layer.users[0], f"weight {layer.name}: {problem}")
         return fitting[0]
 
 
-def _why_indivisible(chosen: QuantFormat, width: int) -> str | None:
-    if chosen.group_size is not None and width % chosen.group_size:
-        return f"group size {chosen.group_size} does not divide its rows of {width}"
-    if chosen.packs_two and width % 2:
-        return f"4-bit numbers are stored in pairs, and its rows have {width}"
+def _in_rows(chosen: Format) -> Format | None:
+    """The same numbers with one scale a row, if there is such a format."""
+    if type(chosen) in (QuantFormat, Float8Format, Float4Format) and not chosen.per_tensor:
+        return replace(chosen, group_size=None)  # type: ignore[type-var]
     return None
 
 
@@ -169,51 +194,71 @@ def _why_unfit(weight: Tensor) -> str | None:
     return None
 
 
-def _quantize(program: Program, layer: WeightLayer, chosen: QuantFormat, scale_dtype: torch.dtype) -> int:
+def _quantize(program: Program, layer: WeightLayer, chosen: Format, scale_dtype: torch.dtype) -> int:
     """Put a dequantized weight in a weight's place; returns the bytes of its stored parts."""
     weight = program.weight(layer.weight)
-    stored, scale, zero_point = round_to_nearest(
-        weight.detach().reshape(layer.num_rows, layer.width), chosen, scale_dtype
-    )
+    rows = weight.detach().reshape(layer.num_rows, layer.width)
+    missing = -layer.width % chosen.row_multiple
+    parts = _round(torch.nn.functional.pad(rows, (0, missing)) if missing else rows, chosen, scale_dtype)
     # Where the weight is first used, not where it was read: its full-precision form should live shortly.
     before = layer.users[0]
-    parts = [
+    nodes = [
         None if tensor is None else program.weight_node(f"{layer.name}_{role}", tensor, before=before)
-        for role, tensor in (("stored", stored), ("scale", scale), ("zero_point", zero_point))
+        for role, tensor in parts._asdict().items()
     ]
-    options: dict[str, Any] = {} if weight.dtype == scale_dtype else {"dtype": weight.dtype}
+    if parts.tensor_scale is None:
+        nodes.pop()
+    options: dict[str, Any] = {} if weight.dtype == chosen.result_dtype(parts.scale) else {"dtype": weight.dtype}
     target = torch.ops.irc.dequantize.default
-    restored = program.insert(target, *parts, before=before, format=str(chosen), **options)
+    restored = program.insert(target, *nodes, before=before, format=str(chosen), **options)
+    if missing:
+        restored = program.insert(aten.slice.Tensor, restored, 1, 0, layer.width, before=before)
     if weight.ndim > 2:
-        restored = program.insert(aten.view.default, restored, list(weight.shape), before=before)
+        restored = program.insert(
+            aten.reshape.default if missing else aten.view.default, restored, list(weight.shape), before=before
+        )
     program.replace(layer.weight, restored)
-    return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
+    return parts.num_bytes
+
+
+def _round(rows: Tensor, chosen: Format, scale_dtype: torch.dtype) -> Parts:
+    if isinstance(chosen, QuantFormat) and not chosen.per_tensor:
+        return Parts(*round_to_nearest(rows, chosen, scale_dtype))
+    return formats.quantize_tensor(rows, chosen, scale_dtype)
 
 
 def _check(before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, bits: int) -> str | None:
     """What is wrong with a new dequantized weight, judged by the weight it stands for; None if nothing is."""
-    reshaped = [user for user in node.users if user.target is aten.view.default]
-    old = originals.get(origin_of(node) or (origin_of(reshaped[0]) if reshaped else None) or "")
+    cut = [user for user in node.users if user.target in _AFTER]
+    again = [user for one in cut for user in one.users if user.target in _AFTER]
+    origins = (origin_of(one) for one in (node, *cut, *again))
+    old = originals.get(next((origin for origin in origins if origin), ""))
     if old is None or old.op != "get_attr":
         return "stands for no weight of the program before"
     chosen = formats.parse(str(node.kwargs["format"]))
     original = before.weight(old)
     rows = original.reshape(original.shape[0], -1)
     fake = node.meta[VAL]
-    if tuple(fake.shape) != tuple(rows.shape) or fake.dtype != original.dtype:
+    padded = (rows.shape[0], rows.shape[1] + -rows.shape[1] % chosen.row_multiple)
+    if tuple(fake.shape) != padded or fake.dtype != original.dtype:
         return f"is {describe(fake)}, but {old.target} has rows {describe(rows)}"
     if chosen.bits != bits:
         return f"has {chosen.bits} bits, not {bits}"
-    stored, scale, zero_point = (
+    stored, scale, zero_point, tensor_scale = (
         after.weight(part) if isinstance(part, fx.Node) else None
-        for part in node.args  # type: ignore[arg-type]
+        for part in (*node.args, None)[:4]  # type: ignore[arg-type]
     )
     assert stored is not None
-    assert scale is not None
     if original.device.type == "meta":
         return None
-    worst = worst_group(rows, stored, scale, zero_point, chosen, original.dtype)
+    rows = torch.nn.functional.pad(rows.detach(), (0, padded[1] - rows.shape[1]))
+    if isinstance(chosen, QuantFormat) and not chosen.per_tensor:
+        assert scale is not None
+        worst, unit = worst_group(rows, stored, scale, zero_point, chosen, original.dtype), "steps (at most half is"
+    else:
+        parts = Parts(stored, scale, zero_point, tensor_scale)
+        worst, unit = worst_block(rows, parts, chosen, original.dtype), f"times what {chosen} may be (at most 1 is"
     if worst is None:
         return None
     error, row, group = worst
-    return f"is off by {error:.2f} steps (at most half is right) in row {row}, group {group} of {old.target}"
+    return f"is off by {error:.2f} {unit} right) in row {row}, group {group} of {old.target}"

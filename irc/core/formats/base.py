@@ -123,9 +123,7 @@ class Format(ABC):
             total += math.prod(groups) * per_group
         return total + (4 if self.has_tensor_scale else 0)
 
-    def bits_per_weight(
-        self, shape: tuple[int, ...] | None = None, scale_dtype: torch.dtype = torch.float32
-    ) -> float:
+    def bits_per_weight(self, shape: tuple[int, ...] | None = None, scale_dtype: torch.dtype = torch.float32) -> float:
         """Stored bits a number, scales included; without a shape: of a tensor so large that only groups count."""
         if shape is not None:
             return 8 * self.num_bytes(shape, scale_dtype) / math.prod(shape)
