@@ -54,6 +54,8 @@ def repack(
     if source == target and (scale_dtype is None or scale is None or scale.dtype == scale_dtype):
         return parts
     where = f"{source} does not fit into {target}: "
+    if isinstance(target, GgufFormat) and target.layout.simple is None:
+        raise OptionError(where + "only Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are written from other formats")
     affine = _fall_apart(parts, source)
     width = affine.values.shape[-1]
     why = target.why_not_rows_of(width)
@@ -180,12 +182,10 @@ def _move_into(values: Tensor, target: QuantFormat) -> float:
 
 def _to_gguf(affine: Affine, target: GgufFormat) -> Parts:
     form = target.layout.simple
-    if form is None:
-        raise _Misfit("only Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are written from other formats")
+    assert form is not None
     values, scale, offset = affine
     if form.has_offset:
-        lowest = by_group(values, scale).amin(-1)
-        move = torch.where(lowest < 0, -lowest, 0)
+        move = _lift(by_group(values, scale), form.high)
         values, offset = (by_group(values, scale) + move.unsqueeze(-1)).flatten(-2), offset - move * scale
     else:
         shift = torch.where(scale == 0, 0, offset / torch.where(scale == 0, 1, scale))
@@ -196,6 +196,17 @@ def _to_gguf(affine: Affine, target: GgufFormat) -> Parts:
     scales = _exactly(scale, torch.float16, "scales").float().unsqueeze(-1)
     offsets = _exactly(offset, torch.float16, "offsets").float().unsqueeze(-1) if form.has_offset else None
     return Parts(join_simple(form, by_group(values.float(), scale), scales, offsets).flatten(-2))
+
+
+def _lift(groups: Tensor, high: int) -> Tensor:
+    """What to add to each group's integers so that none is negative.
+
+    A power of two if it leaves them within `high`: its product with the scale has no more digits than the scale.
+    """
+    below = -groups.amin(-1)
+    power = torch.exp2(below.clamp(min=1).log2().ceil())
+    lift = torch.where(groups.amax(-1) + power <= high, power, below)
+    return torch.where(below > 0, lift, 0)
 
 
 def _exactly(values: Tensor, dtype: torch.dtype, what: str) -> Tensor:
