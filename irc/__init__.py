@@ -48,7 +48,7 @@ _EXPORTS = {
     "save": "irc.core.storage",
     "verify": "irc.core.verifier",
 }
-_SUBPACKAGES = ("passes", "lowering", "runtime")
+_SUBPACKAGES = ("interchange", "lowering", "passes", "runtime")
 
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

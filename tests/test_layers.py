@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "irc.core",
     "irc.passes",
+    "irc.interchange",
     "irc.frontend",
     "irc.lowering",
     "irc.runtime",

@@ -106,6 +106,9 @@ def worst_block(weight: Tensor, parts: Parts, chosen: Format, dtype: torch.dtype
         right = chosen.worst_errors(groups)
     # Rounding of scales (f16 at the coarsest) and of the result may come on top; see `_natural_step` for 1e-6.
     slack = (2 * torch.finfo(dtype).eps + 2**-10) * groups.abs().amax(-1) + 1e-6
+    if parts.scale is not None and parts.scale.dtype == torch.float16:
+        # A small scale has lost digits: half the smallest step of f16, at the format's largest number.
+        slack = slack + 2.0**-25 * float(getattr(chosen, "high", 8))
     share = (restored - original).unflatten(-1, (width // group, group)).abs().amax(-1) / (right + slack)
     value, index = share.flatten().nan_to_num(nan=torch.inf).max(0)
     if float(value) <= 1:
