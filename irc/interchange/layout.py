@@ -61,10 +61,15 @@ def from_codes(
     middle = 1 << (bits - 1)
     if bool((zero == middle).all()):
         chosen = QuantFormat(bits, group_size)
-        return QuantizedWeight(Parts(chosen.pack(codes - middle), scale.contiguous()), chosen, order)
+        return QuantizedWeight(Parts(_plain(chosen.pack(codes - middle)), _plain(scale)), chosen, order)
     chosen = QuantFormat(bits, group_size, symmetric=False, signed=False)
-    parts = Parts(chosen.pack(codes), scale.contiguous(), zero.to(torch.uint8).contiguous())
+    parts = Parts(_plain(chosen.pack(codes)), _plain(scale), _plain(zero.to(torch.uint8)))
     return QuantizedWeight(parts, chosen, order)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """In row-major order; a column that was a row has odd strides and calls itself contiguous."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Layout(ABC):
