@@ -557,6 +557,11 @@ def test_against_compressed_tensors(layout: str, options: dict[str, Any], plain:
         assert parts.scale is not None
         ours = formats.dequantize_tensor(parts, formats.parse(text), restored.dtype)
         assert torch.equal(restored, ours), module
-        again = compressor.compress({**local, "weight": restored} | {"weight_scale": local["weight_scale"]}, scheme)
-        if "weight_packed" in local and "weight_zero_point" not in local:
-            assert torch.equal(again["weight_packed"], local["weight_packed"])
+        given = {"weight": restored, "weight_scale": local["weight_scale"]}
+        if parts.zero_point is not None:
+            given["weight_zero_point"] = (parts.zero_point.to(torch.int16) - 8).to(torch.int8)
+        again = compressor.compress(given, scheme)
+        assert again.keys() == local.keys()
+        for name, tensor in again.items():
+            assert tensor.dtype == local[name].dtype
+            assert torch.equal(tensor.view(torch.uint8), local[name].view(torch.uint8)), (module, name)
