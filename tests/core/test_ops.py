@@ -18,6 +18,7 @@ from torch import Tensor
 import irc.core.ops.attention as attention_module
 from irc.core import formats
 from irc.core.dims import dim_symbol, new_dim, new_fake_mode, size_expr
+from irc.core.errors import OptionError
 from irc.core.ops import OpDefinition, all_ops, define_op, find_op, is_irc_op
 from irc.core.ops.fused import ACTIVATIONS
 
@@ -37,9 +38,15 @@ def integers(high: int, *shape: int) -> Tensor:
 def stored(text: str, *shape: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed integers, scale and zero point of a random tensor."""
     chosen = formats.parse(text)
+    assert isinstance(chosen, formats.QuantFormat)
     scale = rand(*chosen.scale_shape(shape)).abs() + 0.1
     zero = None if chosen.symmetric else torch.full_like(scale, (chosen.low + chosen.high + 1) // 2, dtype=torch.int16)
     return chosen.quantize(rand(*shape), scale, zero), scale, zero
+
+
+def parts(text: str, *shape: int) -> tuple[Tensor | None, ...]:
+    """A random tensor in a format: the arguments of dequantize."""
+    return tuple(formats.quantize_tensor(rand(*shape), formats.parse(text)))
 
 
 @dataclass
@@ -134,11 +141,32 @@ EXAMPLES: dict[str, list[Example]] = {
     "quantize": [
         Example((rand(3, 8), torch.full((3, 2), 0.2), None), {"format": "int4.g4"}, flops=72, differentiable=False),
         Example((rand(3, 8), rand(3, 1).abs(), torch.ones(3, 1)), {"format": "uint8.row.asym"}, differentiable=False),
+        # Scales of tokens, computed at run time.
+        Example((rand(3, 5, 8), rand(3, 5, 1).abs(), None), {"format": "f8e4m3.row"}, flops=360, differentiable=False),
+        Example((rand(3, 8), torch.full((1, 1), 0.2), None), {"format": "f8e5m2.tensor"}, differentiable=False),
+        Example((rand(5, 8), torch.full((5, 2), 0.2), None), {"format": "f4e2m1.g4"}, differentiable=False),
+        Example((rand(3, 64), integers(200, 3, 2).to(torch.uint8), None), {"format": "mxfp4"}, differentiable=False),
+        Example((rand(3, 32), *parts("nvfp4", 3, 32)[1:]), {"format": "nvfp4"}, differentiable=False),
+        *(
+            Example((rand(3, 5, 256), None, None), {"format": text}, flops=3 * 3840, differentiable=False)
+            for text in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+        ),
     ],
     "dequantize": [
         Example(stored("int4.g4", 3, 8), {"format": "int4.g4"}, flops=48),
         Example(stored("uint3.tensor.asym", 3, 8), {"format": "uint3.tensor.asym"}, flops=48),
         Example(stored("int8.row", 3, 8), {"format": "int8.row", "dtype": torch.float16}, differentiable=False),
+        Example(parts("f8e4m3.row", 3, 8), {"format": "f8e4m3.row"}, flops=48, differentiable=False),
+        Example(
+            parts("f8e5m2.tensor", 3, 8), {"format": "f8e5m2.tensor", "dtype": torch.bfloat16}, differentiable=False
+        ),
+        Example(parts("f4e2m1.g4", 3, 8)[:3], {"format": "f4e2m1.g4"}, flops=48),
+        Example(parts("mxfp4", 3, 64), {"format": "mxfp4"}, flops=384, differentiable=False),
+        Example(parts("nvfp4", 3, 32), {"format": "nvfp4"}, flops=192, differentiable=False),
+        *(
+            Example(parts(text, 3, 256), {"format": text}, flops=1536, differentiable=False)
+            for text in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+        ),
     ],
 }  # fmt: skip
 
@@ -358,6 +386,26 @@ def test_quantize_formula() -> None:
     assert torch.equal(made, (x.view(3, 2, 4) / scale[..., None]).round().clamp(-3, 3).view(3, 8).to(torch.int8))
     back = torch.ops.irc.dequantize(made, scale, None, format="int3.g4", dtype=torch.float64)
     close(back, (made.view(3, 2, 4) * scale[..., None]).view(3, 8).double())
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "reason"),
+    [
+        ("int4.g4", {}, "format int4.g4 needs a scale"),
+        ("q4_0", {"scale": torch.ones(1)}, "format q4_0 has no scale"),
+        ("nvfp4", {"scale": torch.ones(1)}, "format nvfp4 needs a tensor_scale"),
+        ("nvfp4", {}, "format nvfp4 needs a scale and needs a tensor_scale"),
+        ("int8.row", {"scale": torch.ones(1), "tensor_scale": torch.ones(1)}, "format int8.row has no tensor_scale"),
+        ("mxfp4", {"scale": torch.ones(1), "zero_point": torch.ones(1)}, "format mxfp4 has no zero_point"),
+    ],
+)
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+def test_missing_parts_of_a_format_are_named(op: str, text: str, given: dict[str, Tensor], reason: str) -> None:
+    parts = {"scale": None, "zero_point": None, "tensor_scale": None} | given
+    for function in (all_ops()[op].reference, all_ops()[op].fake):
+        with pytest.raises(OptionError) as caught:
+            function(torch.zeros(1, 64), **parts, format=text)
+        assert str(caught.value) == reason
 
 
 # -------------------------------------------------------------------- attention

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from irc.core import formats
 from irc.core.contract import PassResult
 from irc.core.errors import OptionError
 from irc.core.formats import QuantFormat
 from irc.core.pipeline import parse_pipeline, print_pipeline
 from irc.core.program import Program
+from irc.core.storage import load, save
+from irc.core.text import parse as parse_program
 from irc.frontend import capture
 from irc.passes import FuseActivation, QuantizeWeights
 from irc.passes.quantize import _round_to_nearest
@@ -153,8 +159,8 @@ def test_indivisible_skip_and_row(mixed: Program) -> None:
     assert "weight down.weight: group size 32 does not divide its rows of 48" in reasons(skipped)
     by_row = run_pass(QuantizeWeights(group_size=32, indivisible="row"), mixed)
     assert by_row.matches == 2
-    formats = {n.kwargs["format"] for n in by_row.program.graph.nodes if "dequantize" in str(n.target)}
-    assert formats == {"int4.g32", "int4.row"}
+    texts = {n.kwargs["format"] for n in by_row.program.graph.nodes if "dequantize" in str(n.target)}
+    assert texts == {"int4.g32", "int4.row"}
 
 
 def test_odd_rows_cannot_be_packed() -> None:
@@ -185,6 +191,107 @@ def test_option_round_trip() -> None:
     text = print_pipeline([one])
     assert parse_pipeline(text) == [one]
     assert parse_pipeline("quantize-weights{bits=4,group-size=64}") == [QuantizeWeights(group_size=64)]
+
+
+# -------------------------------------------------------------------- other formats
+
+OTHERS = ["f8e4m3.row", "f8e5m2.g16", "f8e4m3.tensor", "f4e2m1.g16", "mxfp4", "nvfp4", "int8.tensor", "uint5.g8.asym",
+          "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_any_format(mixed: Program, text: str, tmp_path: Path) -> None:
+    one = QuantizeWeights(format=text, indivisible="pad")
+    result = run_pass(one, mixed)
+    assert result.matches == 2
+    program = result.program
+    chosen = formats.parse(text)
+    cut = [node for node in program.graph.nodes if node.target is torch.ops.aten.slice.Tensor]
+    assert len(cut) == sum(1 for width in (32, 48) if width % chosen.row_multiple)
+    assert result.statistics["bytes_after"] == sum(
+        chosen.num_bytes((rows, -(-width // chosen.row_multiple) * chosen.row_multiple))
+        for rows, width in ((48, 32), (32, 48))
+    )
+    ids = torch.randint(12, (2, 7))
+    assert_same(mixed, program, (ids,), rtol=one.preserves.rtol)
+    assert not torch.equal(mixed.run(ids)[0], program.run(ids)[0])
+    text_form = str(program)
+    again = parse_program(text_form, weights=program.weights)
+    assert str(again) == text_form
+    assert torch.equal(again.run(ids)[0], program.run(ids)[0])
+    save(program, tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved").run(ids)[0], program.run(ids)[0])
+    on_meta = mixed.copy(replace_weights={k: w.detach().to("meta") for k, w in mixed.weights.items()})
+    typed = run_pass(one, on_meta).program
+    for name, tensor in program.weights.items():
+        assert (typed.weights[name].shape, typed.weights[name].dtype) == (tensor.shape, tensor.dtype)
+        assert typed.weights[name].device.type == "meta"
+
+
+@pytest.mark.parametrize("text", ["int4.g20", "q4_k", "nvfp4"])
+def test_padded_convolutions_and_tables(mixed: Program, text: str) -> None:
+    one = QuantizeWeights(format=text, indivisible="pad", include_embeddings=True, include_convolutions=True)
+    result = run_pass(one, mixed)
+    assert result.matches == 4
+    for name, restored in dequantized(result).items():
+        original = mixed.weight(name).detach()
+        rows = original.reshape(original.shape[0], -1)
+        assert restored.shape[1] >= rows.shape[1]
+        # What 4 bits do to these weights; a swapped row is off by 1.4.
+        assert float((restored[:, : rows.shape[1]] - rows).norm() / rows.norm()) < 0.15
+    assert_same(mixed, result.program, (torch.randint(12, (2, 7)),), rtol=one.preserves.rtol)
+    assert run_pass(one, result.program).matches == 0
+
+
+def test_padding_is_asked_for(mixed: Program) -> None:
+    problems = QuantizeWeights(format="q4_k").requires(mixed)
+    assert problems == [
+        "linear.weight (linear): blocks of 256 do not divide its rows of 32; choose another format, or"
+        " indivisible='pad' or 'skip'",
+        "down.weight (down): blocks of 256 do not divide its rows of 48; choose another format, or"
+        " indivisible='pad' or 'skip'",
+    ]
+    skipped = run_pass(QuantizeWeights(format="mxfp4", indivisible="skip"), mixed)
+    assert skipped.matches == 1
+    assert "weight down.weight: group size 32 does not divide its rows of 48" in reasons(skipped)
+    by_row = run_pass(QuantizeWeights(format="f8e4m3.g32", indivisible="row"), mixed)
+    assert {n.kwargs["format"] for n in by_row.program.graph.nodes if "dequantize" in str(n.target)} == {
+        "f8e4m3.g32", "f8e4m3.row",
+    }  # fmt: skip
+
+
+def test_format_says_it_all() -> None:
+    with pytest.raises(OptionError) as caught:
+        QuantizeWeights(format="nvfp4", bits=8, group_size=16, symmetric=False, indivisible="row", scale_dtype="f16")
+    for text in (
+        "format 'nvfp4' leaves no choice of bits, group_size, symmetric",
+        "format nvfp4 has no variant with one scale a row: indivisible cannot be 'row'",
+        "the scales of nvfp4 have their own type: leave out scale_dtype",
+    ):
+        assert text in str(caught.value)
+    with pytest.raises(OptionError, match="'nvfp5' is not a quantization format") as caught:
+        QuantizeWeights(format="nvfp5", indivisible="no")  # type: ignore[arg-type]
+    assert "not 'no'" in str(caught.value)
+    one = QuantizeWeights(format="q4_k", indivisible="pad")
+    assert parse_pipeline(print_pipeline([one])) == [one]
+    assert parse_pipeline("quantize-weights{format=f8e4m3.row}") == [QuantizeWeights(format="f8e4m3.row")]
+
+
+@pytest.mark.parametrize("text", ["f8e4m3.row", "f4e2m1.g16", "nvfp4", "mxfp4", "q4_0", "q8_0", "q4_k", "q6_k"])
+def test_planted_bug_in_other_formats_is_found(mixed: Program, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    right = formats.quantize_tensor
+
+    def wrong(weight: Tensor, *options: Any) -> formats.Parts:
+        if weight.shape[0] != 48:
+            return right(weight, *options)
+        return right(weight.roll(1, 0), *options)
+
+    monkeypatch.setattr(formats, "quantize_tensor", wrong)
+    _, findings = run_with_findings(QuantizeWeights(format=text, indivisible="pad"), mixed)
+    assert len(findings) == 1, "the broken layer and no other"
+    assert re.search(
+        rf"is off by \d+\.\d\d times what {re.escape(text)} may be .* of linear.weight", findings[0].problem
+    )
 
 
 Parts = tuple[Tensor, Tensor, Tensor | None]

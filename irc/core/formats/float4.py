@@ -88,8 +88,8 @@ class Float4Format(ScaledFormat):
         return super().why_not_rows_of(width) or why_not_pairs(width)
 
     def real_scale(self, scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
-        """The f32 numbers that the stored scales stand for."""
-        return scale.float()
+        """The numbers that the stored scales stand for, in f32 at least."""
+        return scale.to(torch.promote_types(scale.dtype, torch.float32))
 
     def scales_of_range(
         self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32, tensor_scale: Tensor | None = None

@@ -91,9 +91,10 @@ class Float8Format(ScaledFormat):
         dtype: torch.dtype,
         tensor_scale: Tensor | None = None,
     ) -> Tensor:
-        """value * scale, computed in f32."""
+        """value * scale, computed in f32 at least."""
         assert scale is not None
-        return (by_group(stored.float(), scale) * scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
+        wide = scale.to(torch.promote_types(scale.dtype, torch.float32)).unsqueeze(-1)
+        return (by_group(stored.float(), scale) * wide).flatten(-2).to(dtype)
 
     def worst_errors(self, groups: Tensor) -> Tensor:
         return groups.abs().amax(-1) * (_HALF_STEP[self.kind] / self.high)

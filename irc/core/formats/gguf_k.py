@@ -28,13 +28,14 @@ BLOCK = 256
 def _planes(data: Tensor, width: int, bits: int) -> Tensor:
     """Bytes [..., n] → numbers [..., 8 / bits * n]: for each `width` bytes, their lowest bits first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).unsqueeze(-1)
-    return ((data.unflatten(-1, (-1, 1, width)) >> shifts) & ((1 << bits) - 1)).flatten(-3)
+    spread = torch.bitwise_right_shift(data.unflatten(-1, (-1, 1, width)), shifts)
+    return (spread & ((1 << bits) - 1)).flatten(-3)
 
 
 def _to_planes(values: Tensor, width: int, bits: int) -> Tensor:
     """The inverse of `_planes`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=values.device).unsqueeze(-1)
-    spread = values.to(torch.int32).unflatten(-1, (-1, 8 // bits, width)) << shifts
+    spread = torch.bitwise_left_shift(values.to(torch.int32).unflatten(-1, (-1, 8 // bits, width)), shifts)
     return spread.sum(-2).to(torch.uint8).flatten(-2)
 
 

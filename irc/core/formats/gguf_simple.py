@@ -75,7 +75,9 @@ def split_simple(form: Simple, blocks: Tensor) -> Split:
     integers = torch.cat((low & 0xF, low >> 4), dim=-1).to(torch.int16)
     if top is not None:
         positions = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-        integers = integers + (((top.unsqueeze(-1) >> positions) & 1).flatten(-2).to(torch.int16) << 4)
+        integers = integers + (
+            (torch.bitwise_right_shift(top.unsqueeze(-1), positions) & 1).flatten(-2).to(torch.int16) << 4
+        )
     return Split((integers + form.low).unsqueeze(-2), scales, offsets)
 
 
@@ -88,7 +90,7 @@ def join_simple(form: Simple, integers: Tensor, scales: Tensor, offsets: Tensor 
         return torch.cat((*parts, integers.to(torch.int8).view(torch.uint8)), dim=-1)
     codes = (integers - form.low).to(torch.uint8)
     if form.bits == 5:
-        weights = 1 << torch.arange(8, dtype=torch.int16, device=codes.device)
+        weights = torch.tensor([1 << i for i in range(8)], dtype=torch.int16, device=codes.device)
         bits = (codes >> 4).to(torch.int16).unflatten(-1, (4, 8))
         parts.append((bits * weights).sum(-1).to(torch.uint8))
     parts.append((codes[..., : BLOCK // 2] & 0xF) | (codes[..., BLOCK // 2 :] << 4))
