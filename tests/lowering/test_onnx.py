@@ -68,6 +68,15 @@ def test_quantized_weights_keep_their_integers() -> None:
     assert not floats, "a dequantized copy of a weight was stored"
 
 
+@pytest.mark.parametrize("text", ["q4_0", "nvfp4", "f8e4m3.row"])
+def test_formats_that_onnx_lacks_are_written_as_floats(text: str) -> None:
+    program = steps.step(f"quantize-weights{{format={text},indivisible=pad}},insert-kv-cache{{max-length=32}}")
+    concerns = [c for c in ONNX.check(program).fallbacks if c.op == "irc.dequantize"]
+    assert [(c.count, c.reason) for c in concerns] == [(8, f"weights in {text} are written as floats")]
+    check = ONNX.lower(program).verify(program)
+    assert check.passed, str(check)
+
+
 def test_metadata_and_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
     written = lowered("quantized step").save(tmp_path / "step.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["step.onnx"]

@@ -13,10 +13,11 @@ from tests.passes.running import assert_same, operations, reasons, run_pass, run
 class SelfAttention(nn.Module):
     """Four query heads over two KV heads; bias on the query only."""
 
-    def __init__(self, *, biases: tuple[bool, bool, bool] = (True, False, False)) -> None:
+    def __init__(self, *, biases: tuple[bool, bool, bool] = (True, False, False), width: int = 16) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.q, self.k, self.v = (nn.Linear(16, size, bias=bias) for size, bias in zip((16, 8, 8), biases, strict=True))
+        sizes = zip((16, 8, 8), biases, strict=True)
+        self.q, self.k, self.v = (nn.Linear(width, size, bias=bias) for size, bias in sizes)
 
     def heads(self, y: Tensor) -> Tensor:
         return y.view(y.shape[0], y.shape[1], -1, 4).transpose(1, 2)
@@ -30,7 +31,8 @@ class SelfAttention(nn.Module):
 
 
 def program_of(module: nn.Module) -> zoo.Program:
-    return capture(module.eval(), (torch.randn(3, 5, 16),), dynamic=({0: "B", 1: "S"},), name="attention")
+    width = module.q.in_features if isinstance(module, SelfAttention) else 16
+    return capture(module.eval(), (torch.randn(3, 5, width),), dynamic=({0: "B", 1: "S"},), name="attention")
 
 
 def test_rewrites() -> None:
@@ -69,6 +71,24 @@ def test_quantized_weights_merge_as_stored() -> None:
     assert result.matches == 1
     assert operations(result.program)["dequantize"] == 1
     assert_same(before, result.program, (torch.randn(2, 7, 16),))
+
+
+@pytest.mark.parametrize("text", ["f8e4m3.row", "f4e2m1.g16", "mxfp4", "q4_0"])
+def test_other_formats_merge_as_stored(text: str) -> None:
+    before = run_pass(QuantizeWeights(format=text, indivisible="error"), program_of(SelfAttention(width=32))).program
+    result = run_pass(MergeQkv(), before)
+    assert result.matches == 1
+    assert operations(result.program)["dequantize"] == 1
+    x = torch.randn(2, 7, 32)
+    assert_same(before, result.program, (x,))
+
+
+@pytest.mark.parametrize("text", ["nvfp4", "f8e4m3.tensor"])
+def test_a_scale_of_the_whole_tensor_keeps_layers_apart(text: str) -> None:
+    before = run_pass(QuantizeWeights(format=text), program_of(SelfAttention(width=32))).program
+    result = run_pass(MergeQkv(), before)
+    assert result.matches == 0
+    assert "has one scale for the whole tensor" in reasons(result)
 
 
 def test_after_kv_cache_insertion() -> None:
