@@ -97,20 +97,29 @@ def worst_block(weight: Tensor, parts: Parts, chosen: Format, dtype: torch.dtype
     """
     width = weight.shape[1]
     group = width if chosen.check_group is None else chosen.check_group
-    restored = dequantize_tensor(parts, chosen, dtype).float()
-    original = weight.detach().float()
-    groups = original.unflatten(-1, (width // group, group))
-    if chosen.per_tensor:
-        right = chosen.worst_errors(original.reshape(1, 1, -1)).expand(groups.shape[:-1])
-    else:
-        right = chosen.worst_errors(groups)
+    num_groups = width // group
+    right = _right_errors(weight.detach(), parts, chosen, dtype, num_groups)
+    errors = torch.empty_like(right)
+    step_rows = max(1, BLOCK // width)
+    for start in range(0, weight.shape[0], step_rows):
+        block = slice(start, start + step_rows)
+        own = Parts(*(part if part is None or part.shape[0] != len(weight) else part[block] for part in parts))
+        error = dequantize_tensor(own, chosen, dtype).float() - weight[block].detach().float()
+        errors[block] = error.unflatten(-1, (num_groups, group)).abs().amax(-1)
+    share = errors / right
+    value, index = share.flatten().nan_to_num(nan=torch.inf).max(0)
+    if float(value) <= 1:
+        return None
+    return float(value), int(index) // num_groups, int(index) % num_groups
+
+
+def _right_errors(weight: Tensor, parts: Parts, chosen: Format, dtype: torch.dtype, num_groups: int) -> Tensor:
+    """The largest error of each group that is still right."""
+    groups = weight.float().unflatten(-1, (num_groups, -1))
+    right = chosen.worst_errors(groups.reshape(1, 1, -1) if chosen.per_tensor else groups).expand(groups.shape[:-1])
     # Rounding of scales (f16 at the coarsest) and of the result may come on top; see `_natural_step` for 1e-6.
     slack = (2 * torch.finfo(dtype).eps + 2**-10) * groups.abs().amax(-1) + 1e-6
     if parts.scale is not None and parts.scale.dtype == torch.float16:
         # A small scale has lost digits: half the smallest step of f16, at the format's largest number.
         slack = slack + 2.0**-25 * float(getattr(chosen, "high", 8))
-    share = (restored - original).unflatten(-1, (width // group, group)).abs().amax(-1) / (right + slack)
-    value, index = share.flatten().nan_to_num(nan=torch.inf).max(0)
-    if float(value) <= 1:
-        return None
-    return float(value), int(index) // (width // group), int(index) % (width // group)
+    return right + slack

@@ -500,6 +500,16 @@ def test_ignored_tensors_and_weights_only(plain: Program, blank: Program, tmp_pa
     assert_equal_parts(program, back)
 
 
+@pytest.mark.parametrize("options", [{"bits": 8, "group_size": None}, {"format": "f8e4m3.row"}])
+def test_naive_quantized(plain: Program, blank: Program, tmp_path: Path, options: dict[str, Any]) -> None:
+    program = quantized(plain, **options)
+    save_quantized(program, tmp_path, "int-quantized")
+    config, state = opened(tmp_path)
+    settings = config["quantization_config"]
+    settings["format"] = settings["config_groups"]["group_0"]["format"] = "naive-quantized"
+    assert_equal_parts(program, load_quantized(state, blank, config=settings))
+
+
 def test_damaged_folders(blank: Program, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot read"):
         load_quantized(tmp_path / "missing", blank)
