@@ -103,7 +103,11 @@ def worst_block(weight: Tensor, parts: Parts, chosen: Format, dtype: torch.dtype
     step_rows = max(1, BLOCK // width)
     for start in range(0, weight.shape[0], step_rows):
         block = slice(start, start + step_rows)
-        own = Parts(*(part if part is None or part.shape[0] != len(weight) else part[block] for part in parts))
+        own = parts._replace(
+            stored=parts.stored[block],
+            scale=parts.scale if parts.scale is None or chosen.per_tensor else parts.scale[block],
+            zero_point=parts.zero_point if parts.zero_point is None or chosen.per_tensor else parts.zero_point[block],
+        )
         error = dequantize_tensor(own, chosen, dtype).float() - weight[block].detach().float()
         errors[block] = error.unflatten(-1, (num_groups, group)).abs().amax(-1)
     share = errors / right
