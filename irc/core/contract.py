@@ -7,9 +7,9 @@ A pass rewrites and counts. Timing, dumps, verification and catching errors are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.fx as fx
 
@@ -17,7 +17,9 @@ from irc.core import provenance
 from irc.core.evaluate import Observer
 from irc.core.program import Program
 
+T = TypeVar("T")
 Replay = Callable[[Program, Sequence[Any]], list[Any]]
+Progress = Callable[[str, int, int], None]
 Trace = Callable[[Program, Sequence[Any], Observer], None]
 
 
@@ -84,11 +86,23 @@ class Applications:
 class PassContext:
     """What a pass may ask for besides the program.
 
-    `options` are target- or user-supplied values shared by all passes (calibration data and such).
+    Attributes:
+        options: target- or user-supplied values shared by all passes (calibration data and such).
+        progress: called with (what, done, total) by passes that take long; shown by whoever runs them.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     applications: Applications = field(default_factory=Applications, compare=False)
+    progress: Progress | None = field(default=None, compare=False)
+
+    def track(self, what: str, items: Sequence[T]) -> Iterator[T]:
+        """The items one by one, telling `progress` about each."""
+        for done, item in enumerate(items):
+            if self.progress is not None:
+                self.progress(what, done, len(items))
+            yield item
+        if self.progress is not None:
+            self.progress(what, len(items), len(items))
 
     def allow(self, node: fx.Node) -> bool:
         """Ask this right before rewriting a match at `node`, and leave the match alone if it says no.
