@@ -3,8 +3,7 @@
 With H = XᵀX over calibration inputs X, the squared error of a layer's outputs is tr((W - Ŵ) H (W - Ŵ)ᵀ), row by
 row. Everything here lowers that number and nothing else; rows are independent.
 
-Sources: Frantar et al. 2022 (GPTQ), https://arxiv.org/abs/2210.17323, in its Cholesky form; Behdin et al. 2023
-(QuantEase), https://arxiv.org/abs/2309.01885, for the coordinate descent.
+Source: Frantar et al. 2022 (GPTQ), https://arxiv.org/abs/2210.17323, in its Cholesky form.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class Grid:
         return scale, zero
 
 
-def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """H with `damping` of its mean diagonal added, and which inputs are never active.
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H with `damping` of its mean diagonal added (and all of it where an input is never active).
 
     Raises:
         IrcError: H holds numbers that are not finite, or is zero.
@@ -53,7 +52,7 @@ def damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     dead = diagonal <= 0
     added = torch.full_like(diagonal, damping * mean)
     added[dead] += mean
-    return hessian + torch.diag(added), dead
+    return hessian + torch.diag(added)
 
 
 def search_scales(weight: Tensor, chosen: QuantFormat, importance: Tensor, *, smallest: float = 0.35) -> Grid:
@@ -82,6 +81,15 @@ def search_scales(weight: Tensor, chosen: QuantFormat, importance: Tensor, *, sm
             best = torch.where(better, scale, best[0]), kept
     assert best is not None
     return Grid(*best, chosen.low, chosen.high)
+
+
+def make_grid(weight: Tensor, chosen: QuantFormat, importance: Tensor | None) -> Grid:
+    """Scales from each group's range, or, with `importance` [K], those of the least weighted error."""
+    if importance is not None:
+        return search_scales(weight, chosen, importance)
+    num_groups = chosen.scale_shape(tuple(weight.shape))[-1]
+    low, high = torch.aminmax(weight.unflatten(-1, (num_groups, -1)), dim=-1)
+    return Grid(*_range_grid(low, high, chosen), chosen.low, chosen.high)
 
 
 def _range_grid(low: Tensor, high: Tensor, chosen: QuantFormat) -> tuple[Tensor, Tensor | None]:
@@ -139,56 +147,3 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     if int(info):
         raise IrcError("the inverse of its inputs' Gram matrix is not positive definite: raise damping")
     return upper.float()
-
-
-def descend(weight: Tensor, hessian: Tensor, grid: Grid, integers: Tensor) -> Tensor:
-    """One sweep of coordinate descent: each column takes the best integers, given all others. Never worse."""
-    width = weight.shape[1]
-    scale, zero = grid.columns(width)
-    integers = integers.clone()
-    diagonal = hessian.diagonal()
-    slope = (weight - (integers - zero) * scale) @ hessian
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        local, block = hessian[start:stop, start:stop], slope[:, start:stop].clone()
-        moves = torch.empty_like(block)
-        for i in range(stop - start):
-            k = start + i
-            s, z, old = scale[:, k], zero[:, k], integers[:, k]
-            wanted = (old - z) * s + block[:, i] / diagonal[k]
-            new = (wanted / s).round_().add_(z).clamp_(grid.low, grid.high)
-            moves[:, i] = (new - old) * s
-            integers[:, k] = new
-            block.addr_(moves[:, i], local[i], alpha=-1)
-        slope.addmm_(moves, hessian[start:stop], alpha=-1)
-    return integers
-
-
-def fit_scales(weight: Tensor, hessian: Tensor, grid: Grid, integers: Tensor, *, chunk: int = 256) -> Grid:
-    """Scales that are best for the integers as they are: least squares over all groups of a row at once."""
-    rows, width = weight.shape
-    num_groups = grid.scale.shape[1]
-    zero = grid.columns(width)[1]
-    values = (integers - zero).unflatten(-1, (num_groups, -1))
-    target = weight @ hessian
-    scale = torch.empty_like(grid.scale)
-    size = width // num_groups
-    for start in range(0, rows, chunk):
-        q = values[start : start + chunk]
-        right = (q * target[start : start + chunk].unflatten(-1, (num_groups, size))).sum(-1)
-        spread = torch.zeros(len(q), num_groups, width)
-        for g in range(num_groups):
-            spread[:, g] = q[:, g] @ hessian[g * size : (g + 1) * size]
-        gram = (spread.unflatten(-1, (num_groups, size)) * q.unsqueeze(1)).sum(-1)
-        ridge = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12) * 1e-6
-        gram = gram + torch.diag_embed(ridge.unsqueeze(-1).expand(-1, num_groups))
-        scale[start : start + chunk] = torch.linalg.solve(gram, right)
-    usable = scale.isfinite() & (scale > 0)
-    return Grid(torch.where(usable, scale, grid.scale), grid.zero_point, grid.low, grid.high)
-
-
-def loss(weight: Tensor, hessian: Tensor, grid: Grid, integers: Tensor) -> Tensor:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ) by row: f32[N]."""
-    scale, zero = grid.columns(weight.shape[1])
-    error = weight - (integers - zero) * scale
-    return ((error @ hessian) * error).sum(-1)

@@ -1,0 +1,101 @@
+"""What calibrated weight quantizers share: the promise, writing a layer's stored weight, and checking it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from irc.core.contract import Finding, Preserves
+from irc.core.formats import QuantFormat
+from irc.core.ops.registry import is_irc_op
+from irc.core.program import Program
+from irc.core.provenance import origin_of
+from irc.passes.quantize._round_to_nearest import round_to_nearest
+from irc.passes.quantize._weight_layers import WeightLayer
+
+# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a
+# token: what a working quantization of small and random models stays below, and a wrong scale does not.
+LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
+_COARSE = 128
+# A calibrated weight moves further than a rounded one, to make up for its neighbours: so much further at most.
+_MORE_THAN_ROUNDING = 4.0
+
+
+def lossy_promise(bits: int, group_size: int | None) -> Preserves:
+    """What quantizing to so many bits may do; one range for a row instead of a small group loses about one bit."""
+    rtol, max_kl = LIMITS[max(2, bits - 1) if group_size is None or group_size > _COARSE else bits]
+    return Preserves("lossy", rtol=rtol, max_kl=max_kl)
+
+
+def why_indivisible(chosen: QuantFormat, width: int) -> str | None:
+    """Why rows of that width cannot be cut into the format's groups, or None."""
+    if chosen.group_size is not None and width % chosen.group_size:
+        return f"group size {chosen.group_size} does not divide its rows of {width}"
+    if chosen.packs_two and width % 2:
+        return f"4-bit numbers are stored in pairs, and its rows have {width}"
+    return None
+
+
+def write_stored_weight(
+    program: Program, layer: WeightLayer, chosen: QuantFormat, stored: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> int:
+    """Put the dequantized weight in the weight's place, where it is first used; returns the bytes of its parts."""
+    weight, before = program.weight(layer.weight), layer.users[0]
+    parts = [
+        None if tensor is None else program.weight_node(f"{layer.name}_{role}", tensor, before=before)
+        for role, tensor in (("stored", stored), ("scale", scale), ("zero_point", zero_point))
+    ]
+    options: dict[str, Any] = {} if weight.dtype == scale.dtype else {"dtype": weight.dtype}
+    target = torch.ops.irc.dequantize.default
+    restored = program.insert(target, *parts, before=before, format=str(chosen), **options)
+    program.replace(layer.weight, restored)
+    return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
+
+
+def check_stored_weights(before: Program, after: Program, chosen: QuantFormat) -> list[Finding]:
+    """Each new dequantized weight stands for one of before, and no row of it is far from that one's row."""
+    originals = {node.name: node for node in before.graph.nodes}
+    findings = []
+    for node in _new_weights(after, originals):
+        old = originals.get(origin_of(node) or "")
+        if old is None or old.op != "get_attr":
+            findings.append(Finding(node.name, "stands for no weight of the program before"))
+            continue
+        problem = _distance_problem(before.weight(old).detach(), after, node, chosen)
+        if problem is not None:
+            findings.append(Finding(node.name, f"{problem} of {old.target}"))
+    return findings
+
+
+def _new_weights(after: Program, originals: dict[str, fx.Node]) -> Iterator[fx.Node]:
+    for node in after.graph.nodes:
+        if node.name not in originals and is_irc_op(node.target, "dequantize"):
+            yield node
+
+
+def _distance_problem(original: Tensor, after: Program, node: fx.Node, chosen: QuantFormat) -> str | None:
+    if str(node.kwargs["format"]) != str(chosen):
+        return f"has format {node.kwargs['format']} instead of {chosen}; a weight"
+    stored, scale, zero_point = (after.weight(p) if isinstance(p, fx.Node) else None for p in node.args)
+    if stored is None or scale is None or original.device.type == "meta":
+        return None
+    original = original.float()
+    plain = round_to_nearest(original, chosen, torch.float32)
+    rounded = chosen.dequantize(plain[0], plain[1], plain[2], torch.float32)
+    found = chosen.dequantize(stored, scale, zero_point, torch.float32)
+    if found.shape != original.shape:
+        return f"has shape {list(found.shape)} instead of {list(original.shape)}; a weight"
+    floor = original.norm(dim=1) * 2.0 ** -(chosen.bits + 2)
+    allowed = _MORE_THAN_ROUNDING * torch.maximum((rounded - original).norm(dim=1), floor)
+    ratio = ((found - original).norm(dim=1) / allowed.clamp_min(1e-12)).nan_to_num(nan=torch.inf)
+    worst = int(ratio.argmax())
+    if float(ratio[worst]) <= 1:
+        return None
+    return (
+        f"is {float(ratio[worst]) * _MORE_THAN_ROUNDING:.1f} times as far off as plain rounding in row {worst}"
+        f" ({_MORE_THAN_ROUNDING:g} times is allowed)"
+    )
