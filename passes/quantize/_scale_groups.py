@@ -129,7 +129,7 @@ def _producers(program: Program, value: fx.Node) -> Found | str:
         return _linear_rows(inner, value)
     if value.target is aten.linear.default:
         return _linear_rows(value, None)
-    return _attention(program, value)
+    return _attention(value)
 
 
 def _norm(node: fx.Node) -> Found | str:
@@ -155,15 +155,42 @@ def _linear_rows(node: fx.Node, user: fx.Node | None) -> Found | str:
     return tuple((node, name) for name in names), _same, _same
 
 
-def _attention(program: Program, value: fx.Node) -> Found | str:
-    """[B, S, H·D] ← views ← attention [B, H, S, D] ← values [B, Hkv, S, D] ← views ← linear [B, S, Hkv·D]."""
+@dataclass(frozen=True)
+class HeadValues:
+    """[B, S, H·D] ← views ← attention [B, H, S, D] ← values [B, Hkv, S, D] ← views ← linear [B, S, Hkv·D].
+
+    Attributes:
+        source: the linear layer that gives the values.
+        consumers: the linear layers that read the attention's result.
+        heads, kv_heads, width: H, Hkv, D.
+    """
+
+    source: fx.Node
+    consumers: tuple[fx.Node, ...]
+    heads: int
+    kv_heads: int
+    width: int
+
+
+def find_head_values(program: Program) -> Iterator[HeadValues | Skip]:
+    """The value path of every attention between two linear layers, or why it is none."""
+    for attention in program.graph.nodes:
+        if not _is_attention(attention):
+            continue
+        value = attention
+        while len(value.users) == 1 and next(iter(value.users)).target in _VIEWS | _COPIES | {aten.transpose.int}:
+            value = next(iter(value.users))
+        consumers = tuple(value.users)
+        problem = _why_not_consumers(program, value, consumers)
+        found = problem or _head_values(value)
+        yield Skip.at(attention, found) if isinstance(found, str) else found
+
+
+def _head_values(value: fx.Node) -> HeadValues | str:
     merged = _through(value, _VIEWS | _COPIES)
-    transposed = _through(merged, _COPIES)
-    if not _is_head_swap(transposed) or not isinstance(transposed.args[0], fx.Node):
+    if not _is_head_swap(merged) or not isinstance(merged.args[0], fx.Node) or not _is_attention(merged.args[0]):
         return f"{value.name} = {value.target} is made by nothing that can take factors"
-    attention = transposed.args[0]
-    if not (is_irc_op(attention.target, "attention") or is_irc_op(attention.target, "flash_attention")):
-        return f"{value.name} = {value.target} is made by nothing that can take factors"
+    attention = merged.args[0]
     values = attention.args[2]
     assert isinstance(values, fx.Node)
     if not _is_head_swap(values) or not isinstance(values.args[0], fx.Node):
@@ -175,12 +202,16 @@ def _attention(program: Program, value: fx.Node) -> Found | str:
     width = int(values.meta[VAL].shape[3])
     sizes = (int(value.meta[VAL].shape[-1]), int(source.meta[VAL].shape[-1]))
     if sizes != (heads * width, kv_heads * width) or any(len(n.users) > 1 for n in _between(value, source)):
-        return (
-            f"the heads between {source.name} and {value.name} are not laid out one behind the other, or used elsewhere"
-        )
+        return f"the heads between {source.name} and {value.name} are laid out otherwise, or used elsewhere"
     rows = _linear_rows(source, values.args[0])
-    if isinstance(rows, str):
-        return rows
+    return rows if isinstance(rows, str) else HeadValues(source, tuple(value.users), heads, kv_heads, width)
+
+
+def _attention(value: fx.Node) -> Found | str:
+    found = _head_values(value)
+    if isinstance(found, str):
+        return found
+    heads, kv_heads, width = found.heads, found.kv_heads, found.width
 
     def fold(factors: Tensor) -> Tensor:
         # One number for all query heads of a group: the geometric mean, which `spread` leaves alone.
@@ -189,7 +220,12 @@ def _attention(program: Program, value: fx.Node) -> Found | str:
     def spread(factors: Tensor) -> Tensor:
         return factors.view(kv_heads, 1, width).expand(-1, heads // kv_heads, -1).flatten()
 
-    return rows[0], fold, spread
+    rows = _linear_rows(found.source, None)
+    return rows if isinstance(rows, str) else (rows[0], fold, spread)
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return is_irc_op(node.target, "attention") or is_irc_op(node.target, "flash_attention")
 
 
 def _is_head_swap(node: fx.Node) -> bool:

@@ -1,49 +1,32 @@
 """Weights of linear layers quantized by GPTQ: each layer's output on calibration data keeps its value.
 
-Runs on a canonical program, before merges (small layers, small Gram matrices) and before the KV cache. Layers are
-done in the order of the graph, on inputs that the quantized layers before them compute (true sequential). Does not
-handle: convolutions, embeddings (they have no Gram matrix of use), weights that several operations share.
+Runs on a canonical program, before merges (small layers, small Gram matrices) and before the KV cache. Scales are
+fixed before the columns are rounded (static groups), so that the order of the columns costs nothing at run time. Does
+not handle: convolutions, embeddings, weights that several operations share; each is a skip.
 Source: Frantar et al. 2022, https://arxiv.org/abs/2210.17323.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.fx as fx
 from torch import Tensor
 
-from irc.core.calibration import calibration_of
-from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
-from irc.core.errors import IrcError, OptionError, PassError
-from irc.core.formats import QuantFormat
-from irc.core.lockstep import Lockstep, Values
-from irc.core.program import Program
-from irc.core.provenance import module_path
-from irc.passes.quantize import _gptq
-from irc.passes.quantize._gram import InputStatistics, input_statistics
-from irc.passes.quantize._layer_store import LayerStore
-from irc.passes.quantize._stored_weights import (
-    check_stored_weights,
-    lossy_promise,
-    why_indivisible,
-    write_stored_weight,
-)
-from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
+from irc.core.contract import register_pass
+from irc.passes.quantize._calibrated_weights import CalibratedWeights
+from irc.passes.quantize._gptq import Grid, damped, gptq, make_grid
+from irc.passes.quantize._gram import InputStatistics
 
 _SEARCHES = ("absmax", "error")
 
 
 @register_pass
 @dataclass(frozen=True, kw_only=True)
-class QuantizeGptq(Pass):
+class QuantizeGptq(CalibratedWeights):
     """W → irc.dequantize(Q, scale), Q minimising ‖(W - Ŵ)·X‖² over calibration inputs X column by column.
 
     Attributes:
-        bits, group_size, symmetric: the format, as in `quantize-weights`.
         act_order: columns of the most active inputs first.
         search: scales from the largest weight of a group (`absmax`), or from the least `error` of a group weighted
             by how active its inputs are.
@@ -53,110 +36,19 @@ class QuantizeGptq(Pass):
     """
 
     name: ClassVar[str] = "quantize-gptq"
-    bits: int = 4
-    group_size: int | None = 32
-    symmetric: bool = True
     act_order: bool = True
     search: str = "error"
     damping: float = 0.01
 
-    def __post_init__(self) -> None:
-        problems = []
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            problems.append(f"bits must be 2 to 8, not {self.bits!r}")
-        if self.group_size is not None and self.group_size < 1:
-            problems.append(f"group_size must be a positive number or None, not {self.group_size!r}")
+    def option_problems(self) -> list[str]:
+        problems = super().option_problems()
         if self.search not in _SEARCHES:
             problems.append(f"search must be one of {', '.join(_SEARCHES)}, not {self.search!r}")
         if not 0 < self.damping < 1:
             problems.append(f"damping must be between 0 and 1, not {self.damping!r}")
-        if problems:
-            raise OptionError(f"{self.name}: " + "; ".join(problems))
-
-    @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
-        return lossy_promise(self.bits, self.group_size)
-
-    @property
-    def format(self) -> QuantFormat:
-        """The format of all layers."""
-        return QuantFormat(self.bits, self.group_size, symmetric=self.symmetric, signed=self.symmetric)
-
-    def requires(self, program: Program) -> list[str]:
-        """One problem for every layer whose rows the group size does not divide."""
-        problems = []
-        for layer in _layers(program):
-            reason = None if isinstance(layer, Skip) else why_indivisible(self.format, layer.width)
-            if isinstance(layer, WeightLayer) and reason is not None:
-                problems.append(f"{layer.name} ({module_path(layer.users[0])}): {reason}; choose another group_size")
         return problems
 
-    def run(self, program: Program, ctx: PassContext) -> PassResult:
-        data = calibration_of(ctx, self.name)
-        batches = data.inputs_for(program)
-        store = LayerStore.of(ctx, self, program, data)
-        found = list(_layers(program))
-        skips = [layer for layer in found if isinstance(layer, Skip)]
-        layers = {
-            layer.users[0]: layer for layer in found if isinstance(layer, WeightLayer) and ctx.allow(layer.users[0])
-        }
-        results: dict[fx.Node, tuple[Tensor, Tensor, Tensor | None]] = {}
-        statistics: dict[fx.Node, InputStatistics] = {}
-        run = Lockstep(program, batches)
-        progress = ctx.track(self.name, list(layers))
-
-        def visit(node: fx.Node, values: Values) -> None:
-            next(progress)
-            layer = layers[node]
-            weight = program.weight(layer.weight).detach()
-            known = store.get(layer.name)
-            if known is None:
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                if source not in statistics:  # layers that share an input follow one another
-                    statistics.clear()
-                    statistics[source] = input_statistics(node, values(source), self.name)
-                known = self._quantize(node, weight, statistics[source])
-                store.put(layer.name, known)
-            results[node] = (known["stored"], known["scale"], known.get("zero_point"))
-            run.replace(layer.weight, self.format.dequantize(*results[node], weight.dtype))
-
-        run.run(visit, layers)
-        for _ in progress:  # tells the end
-            pass
-        totals = {"quantized_weights": 0, "bytes_before": 0, "bytes_after": 0}
-        for node, (stored, scale, zero_point) in results.items():
-            weight = program.weight(layers[node].weight)
-            totals["quantized_weights"] += weight.numel()
-            totals["bytes_before"] += weight.numel() * weight.element_size()
-            totals["bytes_after"] += write_stored_weight(program, layers[node], self.format, stored, scale, zero_point)
-        program.erase_dead()
-        return PassResult(program, matches=len(results), skips=skips, modified=bool(results), statistics=totals)
-
-    def ensures(self, before: Program, result: PassResult) -> list[Finding]:
-        """No row of a weight is further from its original than a few times what plain rounding would have done."""
-        return check_stored_weights(before, result.program, self.format)
-
-    def _quantize(self, node: fx.Node, weight: Tensor, inputs: InputStatistics) -> dict[str, Tensor]:
-        wide = weight.float()
-        try:
-            gram = _gptq.damped(inputs.gram, self.damping)
-            importance = gram.diagonal() if self.search == "error" else None
-            grid = _gptq.make_grid(wide, self.format, importance)
-            integers = _gptq.gptq(wide, gram, grid, act_order=self.act_order)
-        except IrcError as error:
-            raise PassError(
-                f"{node.name} ({module_path(node)}) cannot be quantized: {error}", pass_name=self.name, node=node.name
-            ) from error
-        scale = grid.scale.to(torch.float32)
-        found = {"stored": self.format.pack(integers.to(torch.int16)), "scale": scale}
-        return found if grid.zero_point is None else found | {"zero_point": grid.zero_point.to(torch.uint8)}
-
-
-def _layers(program: Program) -> Iterator[WeightLayer | Skip]:
-    for layer in find_weight_layers(program, embeddings=False, convolutions=False):
-        if isinstance(layer, WeightLayer) and len(layer.users) > 1:
-            others = ", ".join(user.name for user in layer.users[1:])
-            yield Skip.at(layer.users[0], f"weight {layer.name} is shared with {others}, whose inputs differ")
-        else:
-            yield layer
+    def quantize_layer(self, weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Grid]:
+        gram = damped(inputs.gram, self.damping)
+        grid = make_grid(weight, self.format, gram.diagonal() if self.search == "error" else None)
+        return gptq(weight, gram, grid, act_order=self.act_order), grid
