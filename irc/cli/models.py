@@ -77,11 +77,10 @@ def load_model(spec: str) -> LoadedModel:
 def load_shipped(which: str) -> LoadedModel:
     """The demo model or its draft, with tokenizer and example inputs."""
     import torch
-    from tokenizers import Tokenizer
 
     from irc.demo import tinypy
 
-    tokenizer = Tokenizer.from_file(str(tinypy.model_dir("tinypy") / "tokenizer.json"))
+    tokenizer = tinypy.load_tokenizer()
     ids = tokenizer.encode("def main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n").ids[:16]
     example = torch.tensor([ids, ids[::-1]])
     return LoadedModel(tinypy.load_model(which), which, (example,), ({0: "B", 1: "S"},), tokenizer)

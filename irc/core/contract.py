@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch.fx as fx
+from torch import Tensor
 
 from irc.core import provenance
 from irc.core.evaluate import Observer
@@ -20,6 +21,7 @@ from irc.core.program import Program
 T = TypeVar("T")
 Replay = Callable[[Program, Sequence[Any]], list[Any]]
 Progress = Callable[[str, int, int], None]
+Move = Callable[[Tensor], Tensor]
 Trace = Callable[[Program, Sequence[Any], Observer], None]
 
 
@@ -129,6 +131,9 @@ class PassResult:
             outputs comparable to the old ones, so that verification can still compare.
         trace: goes with `replay`: the same run, showing an observer every node's value in the form that
             its counterpart has in a run of the old program, so that a wrong number finds its node.
+        moved: nodes that compute another value on purpose while the outputs stay (scaled channels, a turned
+            stream), by name: what the old value became, or None where that cannot be said. Used only to find the
+            node behind outputs that are wrong, never to accept them.
     """
 
     program: Program
@@ -138,6 +143,7 @@ class PassResult:
     statistics: Mapping[str, int | float | str] = field(default_factory=dict)
     replay: Replay | None = None
     trace: Trace | None = None
+    moved: Mapping[str, Move | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from irc.core.calibration import calibration_of
 from irc.core.contract import PassContext, PassResult, Skip
 from irc.core.lockstep import Lockstep, Values
 from irc.core.program import Program
+from irc.passes._weights import erase_replaced_weights
 from irc.passes.quantize._gram import InputStatistics, input_statistics
 from irc.passes.quantize._scale_groups import ScaleGroup, find_scale_groups
 
@@ -42,5 +43,6 @@ def scale_channels(program: Program, ctx: PassContext, pass_name: str, choose: C
         pass
     for group in groups:
         group.apply(program, factors[group.value])
-    program.erase_dead()
-    return PassResult(program, matches=len(groups), skips=skips, modified=bool(groups))
+    moved = {name: move for group in groups for name, move in group.moves(factors[group.value]).items()}
+    moved |= erase_replaced_weights(program)
+    return PassResult(program, matches=len(groups), skips=skips, modified=bool(groups), moved=moved)

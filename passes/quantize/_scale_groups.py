@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core.contract import Skip
+from irc.core.contract import Move, Skip
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.passes._weights import trainable_like
@@ -41,6 +41,7 @@ class ScaleGroup:
         value: node [..., K] that the consumers read.
         consumers: linear layers over it, whose weights [N, K] are multiplied by s in their columns.
         producers: operations whose vectors or rows are divided by s: (operation, argument name).
+        between: nodes from the producers to the value, whose channels carry the factors in some layout.
         fold: factors for K channels → factors for the producers' rows (fewer where heads share them).
         spread: the way back.
     """
@@ -48,12 +49,23 @@ class ScaleGroup:
     value: fx.Node
     consumers: tuple[fx.Node, ...]
     producers: tuple[tuple[fx.Node, str], ...]
+    between: tuple[fx.Node, ...]
     fold: Callable[[Tensor], Tensor]
     spread: Callable[[Tensor], Tensor]
 
     @property
     def num_channels(self) -> int:
         return int(self.value.meta[VAL].shape[-1])
+
+    def moves(self, factors: Tensor) -> dict[str, Move | None]:
+        """What the values on the way became, by node name (see `PassResult.moved`)."""
+        found: dict[str, Move | None] = {node.name: None for node in self.between}
+        found[self.value.name] = lambda old: old / factors.to(old.dtype)
+        source = self.producers[0][0]
+        if source is not self.value:
+            rows = self.fold(factors)
+            found[source.name] = lambda old: old / rows.to(old.dtype)
+        return found
 
     def apply(self, program: Program, factors: Tensor) -> None:
         """Divide the producers and multiply the consumers by `factors` [K], as new weights.
@@ -107,7 +119,8 @@ def _why_not_own(node: fx.Node, name: str) -> str | None:
     return None
 
 
-Found = tuple[tuple[tuple[fx.Node, str], ...], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+Producers = tuple[tuple[fx.Node, str], ...]
+Found = tuple[Producers, tuple[fx.Node, ...], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def _same(factors: Tensor) -> Tensor:
@@ -141,7 +154,7 @@ def _norm(node: fx.Node) -> Found | str:
         reason = _why_not_own(node, name)
         if reason is not None:
             return reason
-    return tuple((node, name) for name in names), _same, _same
+    return tuple((node, name) for name in names), (), _same, _same
 
 
 def _linear_rows(node: fx.Node, user: fx.Node | None) -> Found | str:
@@ -152,7 +165,7 @@ def _linear_rows(node: fx.Node, user: fx.Node | None) -> Found | str:
         reason = _why_not_own(node, name)
         if reason is not None:
             return reason
-    return tuple((node, name) for name in names), _same, _same
+    return tuple((node, name) for name in names), (), _same, _same
 
 
 @dataclass(frozen=True)
@@ -162,11 +175,13 @@ class HeadValues:
     Attributes:
         source: the linear layer that gives the values.
         consumers: the linear layers that read the attention's result.
+        between: what lies between the two.
         heads, kv_heads, width: H, Hkv, D.
     """
 
     source: fx.Node
     consumers: tuple[fx.Node, ...]
+    between: tuple[fx.Node, ...]
     heads: int
     kv_heads: int
     width: int
@@ -204,7 +219,9 @@ def _head_values(value: fx.Node) -> HeadValues | str:
     if sizes != (heads * width, kv_heads * width) or any(len(n.users) > 1 for n in _between(value, source)):
         return f"the heads between {source.name} and {value.name} are laid out otherwise, or used elsewhere"
     rows = _linear_rows(source, values.args[0])
-    return rows if isinstance(rows, str) else HeadValues(source, tuple(value.users), heads, kv_heads, width)
+    return rows if isinstance(rows, str) else HeadValues(
+        source, tuple(value.users), (value, *_between(value, source)), heads, kv_heads, width
+    )  # fmt: skip
 
 
 def _attention(value: fx.Node) -> Found | str:
@@ -221,7 +238,7 @@ def _attention(value: fx.Node) -> Found | str:
         return factors.view(kv_heads, 1, width).expand(-1, heads // kv_heads, -1).flatten()
 
     rows = _linear_rows(found.source, None)
-    return rows if isinstance(rows, str) else (rows[0], fold, spread)
+    return rows if isinstance(rows, str) else (rows[0], tuple(_between(value, found.source)), fold, spread)
 
 
 def _is_attention(node: fx.Node) -> bool:

@@ -18,11 +18,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core.contract import Pass, PassContext, PassResult, Preserves, Skip, register_pass
+from irc.core.contract import Move, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import location, module_path
-from irc.passes._weights import trainable_like
+from irc.passes._weights import erase_replaced_weights, trainable_like
 from irc.passes.fuse._layers import arguments
 from irc.passes.quantize._hadamard import random_hadamard
 from irc.passes.quantize._scale_groups import HeadValues, find_head_values
@@ -72,15 +72,17 @@ class RotateResidual(Pass):
         stream = find_stream(program)
         width = int(stream.embeddings[0].meta[VAL].shape[-1])
         turn = random_hadamard(width, self.seed)
-        matches = 0
+        matches, moved = 0, dict[str, Move | None]()
         if ctx.allow(stream.norms[0]):  # all of the stream or nothing
             for node in stream.embeddings:
                 _set_weight(program, node, "weight", lambda w: w @ turn)
             for node in stream.writers:
                 _set_weight(program, node, "weight", lambda w: turn.T @ w)
                 _set_weight(program, node, "bias", lambda b: b @ turn)
+            for node in (*stream.nodes, *stream.writers):
+                moved[node.name] = lambda old: old @ turn
             for norm in stream.norms:
-                self._read(program, norm, turn)
+                moved[norm.name] = self._read(program, norm, turn)
             matches += len(stream.norms)
         skips: list[Skip] = []
         for found in find_head_values(program) if self.heads else ():
@@ -88,19 +90,22 @@ class RotateResidual(Pass):
                 skips.append(found)
             elif ctx.allow(found.source):
                 _turn_heads(program, found, random_hadamard(found.width, self.seed + 1))
+                moved |= dict.fromkeys((node.name for node in (found.source, *found.between)), None)
                 matches += 1
-        program.erase_dead()
+        moved |= erase_replaced_weights(program)
         in_use = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
         program.tied = {alias: name for alias, name in program.tied.items() if name in in_use}
-        return PassResult(program, matches=matches, skips=skips, modified=matches > 0)
+        return PassResult(program, matches=matches, skips=skips, modified=matches > 0, moved=moved)
 
-    def _read(self, program: Program, norm: fx.Node, turn: Tensor) -> None:
+    def _read(self, program: Program, norm: fx.Node, turn: Tensor) -> Move:
+        """Take the norm's weight and the turn into the layers behind it; says what the norm's value became."""
         gain = arguments(norm)["weight"]
         factors = torch.ones(turn.shape[0]) if gain is None else program.weight(gain).detach().float()
         for user in list(norm.users):
             _set_weight(program, user, "weight", lambda w: (w * factors) @ turn)
         norm.args = (norm.args[0], None, *norm.args[2:])
         program.infer_type(norm)
+        return lambda old: (old / factors) @ turn
 
 
 def find_stream(program: Program) -> Stream:
