@@ -20,6 +20,6 @@ def random_hadamard(size: int, seed: int) -> Tensor:
     matrix = matrix / power**0.5
     if size != power:
         normal = torch.randn(size // power, size // power, generator=generator, dtype=torch.float64)
-        matrix = torch.kron(matrix, torch.linalg.qr(normal).Q)
+        matrix = torch.kron(matrix, torch.linalg.qr(normal).Q.contiguous())
     signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
     return (matrix * signs.unsqueeze(1)).float()

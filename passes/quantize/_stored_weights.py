@@ -22,7 +22,7 @@ from irc.passes.quantize._weight_layers import WeightLayer
 LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
 _COARSE = 128
 # A calibrated weight moves further than a rounded one, to make up for its neighbours: so much further at most.
-_MORE_THAN_ROUNDING = 4.0
+_MORE_THAN_ROUNDING = 8.0
 
 
 def lossy_promise(bits: int, group_size: int | None) -> Preserves:
