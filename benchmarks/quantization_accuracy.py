@@ -1,6 +1,7 @@
 """Perplexity of the demo model after weight quantization, method by method, and what the methods cost in time.
 
-    python benchmarks/quantization_accuracy.py            # all held-out text; rewrites docs/accuracy.md
+    python benchmarks/quantization_accuracy.py            # 64 windows held out; rewrites docs/accuracy.md
+    python benchmarks/quantization_accuracy.py --windows 1000000          # all held-out text, an hour
     python benchmarks/quantization_accuracy.py --quick    # a few windows, two formats; writes nothing
 
 All methods get the same format, the same calibration windows (from the training files) and the same held-out files.
@@ -99,10 +100,11 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 held-out windows, 8 to calibrate, 4 bits only")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows, taken evenly over the files")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
     tokenizer = load_tokenizer()
-    num_held_out, num_calibration = (8, 8) if args.quick else (1_000_000, 128)
+    num_held_out, num_calibration = (8, 8) if args.quick else (args.windows, 64)
     held_out = held_out_windows(tokenizer, length=LENGTH, count=num_held_out)
     data = irc.CalibrationData.from_text(
         (text + END_OF_TEXT for text in read_documents("train")), tokenizer=tokenizer, length=LENGTH,
