@@ -17,6 +17,8 @@ from irc.core.provenance import origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest
 from irc.passes.quantize._weight_layers import WeightLayer
 
+aten = torch.ops.aten
+
 # Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a
 # token: what a working quantization of small and random models stays below, and a wrong scale does not.
 LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
@@ -44,6 +46,7 @@ def write_stored_weight(
     program: Program, layer: WeightLayer, chosen: QuantFormat, stored: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> int:
     """Put the dequantized weight in the weight's place, where it is first used; returns the bytes of its parts."""
+    # Where the weight is first used, not where it was read: its full-precision form should live shortly.
     weight, before = program.weight(layer.weight), layer.users[0]
     parts = [
         None if tensor is None else program.weight_node(f"{layer.name}_{role}", tensor, before=before)
@@ -52,6 +55,8 @@ def write_stored_weight(
     options: dict[str, Any] = {} if weight.dtype == scale.dtype else {"dtype": weight.dtype}
     target = torch.ops.irc.dequantize.default
     restored = program.insert(target, *parts, before=before, format=str(chosen), **options)
+    if weight.ndim > 2:
+        restored = program.insert(aten.view.default, restored, list(weight.shape), before=before)
     program.replace(layer.weight, restored)
     return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
 

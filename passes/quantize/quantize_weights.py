@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.fx as fx
@@ -24,15 +24,13 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_group
+from irc.passes.quantize._stored_weights import lossy_promise, why_indivisible, write_stored_weight
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
 aten = torch.ops.aten
 
 _SCALE_DTYPES = {"f32": torch.float32, "f16": torch.float16}
 _INDIVISIBLE = ("error", "row", "skip")
-# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a
-# token: what a working quantization of small and random models stays below, and a wrong scale does not.
-_LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
 
 
 @register_pass
@@ -79,10 +77,7 @@ class QuantizeWeights(Pass):
 
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
-        """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
-        coarse = self.group_size is None or self.group_size > 128
-        rtol, max_kl = _LIMITS[max(2, self.bits - 1) if coarse else self.bits]
-        return Preserves("lossy", rtol=rtol, max_kl=max_kl)
+        return lossy_promise(self.bits, self.group_size)
 
     def requires(self, program: Program) -> list[str]:
         """One problem for every layer whose rows the group size does not divide."""
@@ -90,7 +85,7 @@ class QuantizeWeights(Pass):
             return []
         problems = []
         for layer in self._find(program):
-            reason = None if isinstance(layer, Skip) else _why_indivisible(self._format, layer.width)
+            reason = None if isinstance(layer, Skip) else why_indivisible(self._format, layer.width)
             if isinstance(layer, WeightLayer) and reason is not None:
                 where = module_path(layer.users[0])
                 problems.append(
@@ -142,20 +137,12 @@ class QuantizeWeights(Pass):
         candidates = [self._format]
         if self.indivisible == "row":
             candidates.append(replace(self._format, group_size=None))
-        reasons = [_why_indivisible(candidate, layer.width) for candidate in candidates]
+        reasons = [why_indivisible(candidate, layer.width) for candidate in candidates]
         fitting = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
         problem = _why_unfit(program.weight(layer.weight)) if fitting else reasons[-1]
         if problem is not None:
             return Skip.at(layer.users[0], f"weight {layer.name}: {problem}")
         return fitting[0]
-
-
-def _why_indivisible(chosen: QuantFormat, width: int) -> str | None:
-    if chosen.group_size is not None and width % chosen.group_size:
-        return f"group size {chosen.group_size} does not divide its rows of {width}"
-    if chosen.packs_two and width % 2:
-        return f"4-bit numbers are stored in pairs, and its rows have {width}"
-    return None
 
 
 def _why_unfit(weight: Tensor) -> str | None:
@@ -175,19 +162,7 @@ def _quantize(program: Program, layer: WeightLayer, chosen: QuantFormat, scale_d
     stored, scale, zero_point = round_to_nearest(
         weight.detach().reshape(layer.num_rows, layer.width), chosen, scale_dtype
     )
-    # Where the weight is first used, not where it was read: its full-precision form should live shortly.
-    before = layer.users[0]
-    parts = [
-        None if tensor is None else program.weight_node(f"{layer.name}_{role}", tensor, before=before)
-        for role, tensor in (("stored", stored), ("scale", scale), ("zero_point", zero_point))
-    ]
-    options: dict[str, Any] = {} if weight.dtype == scale_dtype else {"dtype": weight.dtype}
-    target = torch.ops.irc.dequantize.default
-    restored = program.insert(target, *parts, before=before, format=str(chosen), **options)
-    if weight.ndim > 2:
-        restored = program.insert(aten.view.default, restored, list(weight.shape), before=before)
-    program.replace(layer.weight, restored)
-    return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
+    return write_stored_weight(program, layer, chosen, stored, scale, zero_point)
 
 
 def _check(before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, bits: int) -> str | None:

@@ -197,8 +197,8 @@ def _turn_heads(program: Program, found: HeadValues, turn: Tensor) -> None:
         _set_weight(program, user, "weight", columns)
 
 
-def _set_weight(program: Program, node: fx.Node, name: str, change) -> None:  # type: ignore[no-untyped-def]
-    """Give a layer its own changed copy of a weight (f64 arithmetic, rounded once); no bias, no change."""
+def _set_weight(program: Program, node: fx.Node, name: str, change: Move) -> None:
+    """Give a layer its own changed copy of a weight, computed in f32 and rounded once; no bias, no change."""
     weight = arguments(node).get(name)
     if weight is None:
         return
