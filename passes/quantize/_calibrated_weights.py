@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.fx as fx
@@ -37,9 +38,11 @@ class CalibratedWeights(Pass):
     """Base of such passes: they say how one layer's integers and scales are found.
 
     Attributes:
+        rounds_to_nearest: whether `quantize_layer` gives the nearest integers on its grid, which is then checked.
         bits, group_size, symmetric: the format, as in `quantize-weights`.
     """
 
+    rounds_to_nearest: ClassVar[bool] = False
     bits: int = 4
     group_size: int | None = 32
     symmetric: bool = True
@@ -127,8 +130,8 @@ class CalibratedWeights(Pass):
         return PassResult(program, matches=len(results), skips=skips, modified=bool(results), statistics=totals)
 
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
-        """No row of a weight is further from its original than a few times what plain rounding would have done."""
-        return check_stored_weights(before, result.program, self.format)
+        """Weights are where they may be: on the nearest numbers, or not much further than rounding puts them."""
+        return check_stored_weights(before, result.program, self.format, nearest=self.rounds_to_nearest)
 
     def _quantized(self, node: fx.Node, weight: Tensor, inputs: InputStatistics) -> dict[str, Tensor]:
         try:

@@ -25,6 +25,10 @@ LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0
 _COARSE = 128
 # A calibrated weight moves further than a rounded one, to make up for its neighbours: so much further at most.
 _MORE_THAN_ROUNDING = 8.0
+# It moves to both sides: a row that is shifted by this many steps on average has a wrong zero point.
+_MAX_SHIFT = 0.5
+# Steps that a nearest integer may be off: half a step, and the rounding of the arithmetic.
+_MAX_STEPS_OFF = 0.5 + 1e-2
 
 
 def lossy_promise(bits: int, group_size: int | None) -> Preserves:
@@ -61,8 +65,11 @@ def write_stored_weight(
     return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
 
 
-def check_stored_weights(before: Program, after: Program, chosen: QuantFormat) -> list[Finding]:
-    """Each new dequantized weight stands for one of before, and no row of it is far from that one's row."""
+def check_stored_weights(before: Program, after: Program, chosen: QuantFormat, *, nearest: bool) -> list[Finding]:
+    """Each new dequantized weight stands for one of before, and no row of it is far from that one's row.
+
+    `nearest`: every integer that is not at the end of its range is the nearest one on the stored grid.
+    """
     originals = {node.name: node for node in before.graph.nodes}
     findings = []
     for node in _new_weights(after, originals):
@@ -70,7 +77,7 @@ def check_stored_weights(before: Program, after: Program, chosen: QuantFormat) -
         if old is None or old.op != "get_attr":
             findings.append(Finding(node.name, "stands for no weight of the program before"))
             continue
-        problem = _distance_problem(before.weight(old).detach(), after, node, chosen)
+        problem = _distance_problem(before.weight(old).detach(), after, node, chosen, nearest)
         if problem is not None:
             findings.append(Finding(node.name, f"{problem} of {old.target}"))
     return findings
@@ -82,7 +89,9 @@ def _new_weights(after: Program, originals: dict[str, fx.Node]) -> Iterator[fx.N
             yield node
 
 
-def _distance_problem(original: Tensor, after: Program, node: fx.Node, chosen: QuantFormat) -> str | None:
+def _distance_problem(
+    original: Tensor, after: Program, node: fx.Node, chosen: QuantFormat, nearest: bool
+) -> str | None:
     if str(node.kwargs["format"]) != str(chosen):
         return f"has format {node.kwargs['format']} instead of {chosen}; a weight"
     stored, scale, zero_point = (after.weight(p) if isinstance(p, fx.Node) else None for p in node.args)
@@ -94,6 +103,17 @@ def _distance_problem(original: Tensor, after: Program, node: fx.Node, chosen: Q
     found = chosen.dequantize(stored, scale, zero_point, torch.float32)
     if found.shape != original.shape:
         return f"has shape {list(found.shape)} instead of {list(original.shape)}; a weight"
+    steps = (found - original).unflatten(-1, (scale.shape[-1], -1)) / scale.float().unsqueeze(-1)
+    shift = steps.flatten(1).mean(1).abs().nan_to_num(nan=torch.inf)
+    if float(shift.max()) > _MAX_SHIFT:
+        return f"is shifted by {float(shift.max()):.2f} steps on average in row {int(shift.argmax())}"
+    if nearest:
+        integers = chosen.unpack(stored).unflatten(-1, (scale.shape[-1], -1))
+        inner = (integers > chosen.low) & (integers < chosen.high)
+        off = torch.where(inner, steps.abs(), 0.0).flatten(1).amax(1).nan_to_num(nan=torch.inf)
+        if float(off.max()) > _MAX_STEPS_OFF:
+            row = int(off.argmax())
+            return f"is off by {float(off[row]):.2f} steps (at most half is right) in row {row}"
     floor = original.norm(dim=1) * 2.0 ** -(chosen.bits + 2)
     allowed = _MORE_THAN_ROUNDING * torch.maximum((rounded - original).norm(dim=1), floor)
     ratio = ((found - original).norm(dim=1) / allowed.clamp_min(1e-12)).nan_to_num(nan=torch.inf)

@@ -33,6 +33,7 @@ class QuantizeClipped(CalibratedWeights):
     """
 
     name: ClassVar[str] = "quantize-clipped"
+    rounds_to_nearest: ClassVar[bool] = True
     shrink: float = 0.5
     steps: int = 20
 

@@ -18,7 +18,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core.contract import Move, Pass, PassContext, PassResult, Preserves, Skip, register_pass
+from irc.core.contract import Move, Pass, PassContext, PassResult, Skip, register_pass
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import location, module_path
@@ -58,7 +58,6 @@ class RotateResidual(Pass):
     """
 
     name: ClassVar[str] = "rotate-residual"
-    preserves: ClassVar[Preserves] = Preserves(rtol=5e-5)
     heads: bool = True
     seed: int = 0
 

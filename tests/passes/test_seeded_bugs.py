@@ -277,7 +277,22 @@ CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
     "quantize-clipped: zero point": (
         of_zoo("llama"),
         {"bits": 4, "group_size": 16, "symmetric": False},
-        spoil_weight("dequantize", 2, lambda z: z + 2),
+        spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+    "quantize-clipped: scale transposed": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s.flatten().view(s.shape[1], s.shape[0]).t().contiguous()),
+    ),
+    "quantize-gptq: zero point": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16, "symmetric": False},
+        spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+    "quantize-gptq: scales of 5 % more": (
+        of_zoo("llama"),
+        {"bits": 8, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s * 1.05),
     ),
     "smooth-activations: factors reversed": (of_zoo("llama"), {}, spoil_kept("linear", 3, lambda w: w.flip(1))),
     "scale-salient-channels: one factor lost": (
