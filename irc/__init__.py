@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from irc.compiler import Compiled as Compiled
     from irc.compiler import compile as compile
     from irc.core.bisect import bisect as bisect
+    from irc.core.calibration import CalibrationData as CalibrationData
     from irc.core.contract import PassContext as PassContext
     from irc.core.errors import IrcError as IrcError
     from irc.core.formats import QuantFormat as QuantFormat
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "CalibrationData": "irc.core.calibration",
     "Compiled": "irc.compiler",
     "IrcError": "irc.core.errors",
     "PassContext": "irc.core.contract",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irc.core.contract import PassContext
+from irc.core.calibration import CALIBRATION_KEY
+from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.instruments import Instrument
 from irc.core.kv_cache import KVCache
@@ -25,6 +26,7 @@ from irc.runtime.decoding import Decoder, decoder_for
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
 from irc.runtime.results import GenerationResult
 from irc.runtime.sampling import Sampling
+from irc.view.progress import shown_progress
 
 _INFO_FILE, _TOKENIZER_FILE = "compiled.json", "tokenizer.json"
 
@@ -42,7 +44,9 @@ def compile(
     instruments: Sequence[Instrument] = (),
     dump_dir: str | Path | None = None,
     repro_dir: str | Path | None = None,
+    calibration: Any = None,
     pass_options: Mapping[str, Any] | None = None,
+    progress: Progress | bool | None = None,
     name: str | None = None,
 ) -> Compiled:
     """Compile a model for a target.
@@ -58,7 +62,11 @@ def compile(
         options: of the target.
         tokenizer: for text in `generate`: of `tokenizers` or of transformers.
         instruments, dump_dir, repro_dir: as for `irc.PassManager`.
-        pass_options: values that passes may ask for (calibration data and such).
+        calibration: representative inputs for passes that need them: `CalibrationData`, or what
+            `CalibrationData.of` takes.
+        pass_options: other values that passes may ask for.
+        progress: show what long passes are doing; None: if the error output is a terminal. Or a function of
+            (what, done, total).
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -73,12 +81,14 @@ def compile(
     started = time.perf_counter()
     program = _program(model, example_inputs, dynamic, name)
     capture_ms = (time.perf_counter() - started) * 1e3
-    manager = PassManager(
-        pipeline if pipeline is not None else chosen.default_passes(program),
-        verify=verify, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir,
-        ctx=PassContext(options=dict(pass_options or {})),
-    )  # fmt: skip
-    result = manager.run(program)
+    given = dict(pass_options or {}) | ({CALIBRATION_KEY: calibration} if calibration is not None else {})
+    with shown_progress(progress) as report_progress:
+        manager = PassManager(
+            pipeline if pipeline is not None else chosen.default_passes(program),
+            verify=verify, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir,
+            ctx=PassContext(options=given, progress=report_progress),
+        )  # fmt: skip
+        result = manager.run(program)
     result.report.rows[0].ms = capture_ms
     artifact, row = _lower(chosen, result.program, options, check=verify != "off")
     row.flops = result.report.rows[-1].flops

@@ -41,6 +41,16 @@ def trainable_like(tensor: Tensor, *originals: Tensor) -> Tensor:
     return nn.Parameter(tensor, requires_grad=any(w.requires_grad for w in originals))
 
 
+def erase_replaced_weights(program: Program) -> dict[str, None]:
+    """Remove what nothing uses any more; the weights among it by name, as `PassResult.moved` wants them.
+
+    A weight that took a factor is another on purpose: a wrong one shows at the operation that uses it.
+    """
+    before = {node.name for node in program.graph.find_nodes(op="get_attr")}
+    program.erase_dead()
+    return dict.fromkeys(before - {node.name for node in program.graph.find_nodes(op="get_attr")})
+
+
 def merged_name(names: Iterable[str]) -> str:
     """One name for weights joined from several: `a.q.weight, a.k.weight` → `a.q_k.weight`."""
     distinct = list(dict.fromkeys(names))

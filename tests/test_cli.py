@@ -102,6 +102,22 @@ def test_compile_to_onnx(run, model: str, tmp_path: Path) -> None:
     assert path.stat().st_size > 500
 
 
+def test_opt_with_calibration(run, tmp_path: Path) -> None:
+    (tmp_path / "text.py").write_text("def main():\n    return 1\n" * 400)
+    arguments = ["opt", "demo", "--passes", "quantize-gptq{bits=4,group-size=32}", "--resume", tmp_path / "layers"]
+    code, out, err = run(*arguments, "--calibration", tmp_path / "text.py", "-o", tmp_path / "small")
+    assert code == 0, err
+    assert "quantize-gptq" in out
+    assert len(list((tmp_path / "layers").glob("*.safetensors"))) == 35
+    code, _, err = run(*arguments, "--calibration", tmp_path / "nothing")
+    assert code == 2
+    assert "does not exist" in err
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "needs calibration data" in err
+    assert "--calibration" in err
+
+
 def test_lists(run) -> None:
     code, out, _ = run("passes")
     assert code == 0

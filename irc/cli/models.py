@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from irc.core.calibration import CalibrationData
     from irc.core.program import Program
 
 MODEL_HELP = (
@@ -77,14 +78,38 @@ def load_model(spec: str) -> LoadedModel:
 def load_shipped(which: str) -> LoadedModel:
     """The demo model or its draft, with tokenizer and example inputs."""
     import torch
-    from tokenizers import Tokenizer
 
     from irc.demo import tinypy
 
-    tokenizer = Tokenizer.from_file(str(tinypy.model_dir("tinypy") / "tokenizer.json"))
+    tokenizer = tinypy.load_tokenizer()
     ids = tokenizer.encode("def main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n").ids[:16]
     example = torch.tensor([ids, ids[::-1]])
     return LoadedModel(tinypy.load_model(which), which, (example,), ({0: "B", 1: "S"},), tokenizer)
+
+
+def load_calibration(given: Path | None, loaded: LoadedModel) -> CalibrationData | None:
+    """Calibration data from what `--calibration` names: text goes through the model's tokenizer.
+
+    Raises:
+        OptionError: it does not exist, or is text for a model without a tokenizer.
+    """
+    from irc.core.calibration import CalibrationData
+    from irc.core.errors import OptionError
+
+    if given is None:
+        return None
+    if str(given) == "demo" and not given.exists():
+        from irc.demo.corpus import read_documents
+
+        if loaded.tokenizer is None:
+            raise OptionError("--calibration demo is text: this model comes without a tokenizer")
+        return CalibrationData.from_text(read_documents("train"), tokenizer=loaded.tokenizer, description="demo corpus")
+    if given.is_file():
+        if loaded.tokenizer is None:
+            raise OptionError(f"--calibration {given} is text: this model comes without a tokenizer")
+        text = given.read_text(encoding="utf-8", errors="replace")
+        return CalibrationData.from_text([text], tokenizer=loaded.tokenizer, length=256, description=str(given))
+    return CalibrationData.from_folder(given, tokenizer=loaded.tokenizer)
 
 
 def _load_python(path: Path, attribute: str) -> LoadedModel:

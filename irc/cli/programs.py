@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from irc.cli.models import MODEL_HELP, load_model
+from irc.cli.models import MODEL_HELP, load_calibration, load_model
 
 if TYPE_CHECKING:
     from irc.core.program import Program
@@ -29,6 +29,17 @@ class Verify(StrEnum):
     OFF = "off"
 
 
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="What passes calibrate on: a text file or folder (needs the model's tokenizer), a folder of .npy or"
+        " .safetensors samples, or 'demo': the demo model's training files.",
+    ),
+]
+ResumeOption = Annotated[
+    Path | None, typer.Option("--resume", help="Folder for finished layers: a killed run goes on from there.")
+]
 VerifyOption = Annotated[
     Verify, typer.Option("--verify", help="Check the numbers after each pass, at the end, or never.")
 ]
@@ -81,6 +92,8 @@ def opt(
         Path | None, typer.Option(help="Write the program after each pass to numbered files here.")
     ] = None,
     repro_dir: Annotated[Path | None, typer.Option(help="Where to leave a reproducer if a pass fails.")] = None,
+    calibration: CalibrationOption = None,
+    resume: ResumeOption = None,
 ) -> None:
     """Run passes over a program, check each, and print what they did.
 
@@ -88,22 +101,31 @@ def opt(
 
         irc opt demo --passes 'merge-qkv,quantize-weights{bits=4,group-size=32}' -o small.program
 
+        irc opt demo --passes 'quantize-gptq{bits=3}' --calibration demo --resume layers -o small.program
+
         irc opt my.program --passes 'fold-conv-batch-norm' --print-after-change --verify each
     """
     from rich.console import Console
 
+    from irc.core.calibration import CALIBRATION_KEY
+    from irc.core.contract import PassContext
     from irc.core.instruments import PrintAfterChange
     from irc.core.manager import PassManager
     from irc.core.pipeline import parse_pipeline
     from irc.core.storage import save
+    from irc.view.progress import shown_progress
 
     pipeline = parse_pipeline(passes)
-    program = load_model(model).program()
+    loaded = load_model(model)
+    options = {CALIBRATION_KEY: load_calibration(calibration, loaded), "resume": resume}
+    program = loaded.program()
     instruments = [PrintAfterChange()] if print_after_change else []
-    manager = PassManager(
-        pipeline, verify=verify.value, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir
-    )
-    result = manager.run(program)
+    with shown_progress() as progress:
+        ctx = PassContext(options=options, progress=progress)
+        manager = PassManager(
+            pipeline, verify=verify.value, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir, ctx=ctx
+        )
+        result = manager.run(program)
     Console().print(result.report)
     if output is not None:
         save(result.program, output)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from irc.cli.models import load_model
-from irc.cli.programs import Model, Verify, VerifyOption
+from irc.cli.models import load_calibration, load_model
+from irc.cli.programs import CalibrationOption, Model, ResumeOption, Verify, VerifyOption
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +26,8 @@ def compile(
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the program after each pass to numbered files here.")
     ] = None,
+    calibration: CalibrationOption = None,
+    resume: ResumeOption = None,
 ) -> None:
     """Compile a model for a target and save the artifact.
 
@@ -43,6 +45,7 @@ def compile(
     compiled = compile_model(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
+        calibration=load_calibration(calibration, loaded), pass_options={"resume": resume},
     )  # fmt: skip
     Console().print(compiled.report)
     compiled.save(output)

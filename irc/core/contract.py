@@ -7,17 +7,21 @@ A pass rewrites and counts. Timing, dumps, verification and catching errors are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.fx as fx
+from torch import Tensor
 
 from irc.core import provenance
 from irc.core.evaluate import Observer
 from irc.core.program import Program
 
+T = TypeVar("T")
 Replay = Callable[[Program, Sequence[Any]], list[Any]]
+Progress = Callable[[str, int, int], None]
+Move = Callable[[Tensor], Tensor]
 Trace = Callable[[Program, Sequence[Any], Observer], None]
 
 
@@ -84,11 +88,23 @@ class Applications:
 class PassContext:
     """What a pass may ask for besides the program.
 
-    `options` are target- or user-supplied values shared by all passes (calibration data and such).
+    Attributes:
+        options: target- or user-supplied values shared by all passes (calibration data and such).
+        progress: called with (what, done, total) by passes that take long; shown by whoever runs them.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     applications: Applications = field(default_factory=Applications, compare=False)
+    progress: Progress | None = field(default=None, compare=False)
+
+    def track(self, what: str, items: Sequence[T]) -> Iterator[T]:
+        """The items one by one, telling `progress` about each."""
+        for done, item in enumerate(items):
+            if self.progress is not None:
+                self.progress(what, done, len(items))
+            yield item
+        if self.progress is not None:
+            self.progress(what, len(items), len(items))
 
     def allow(self, node: fx.Node) -> bool:
         """Ask this right before rewriting a match at `node`, and leave the match alone if it says no.
@@ -115,6 +131,9 @@ class PassResult:
             outputs comparable to the old ones, so that verification can still compare.
         trace: goes with `replay`: the same run, showing an observer every node's value in the form that
             its counterpart has in a run of the old program, so that a wrong number finds its node.
+        moved: nodes that compute another value on purpose while the outputs stay (scaled channels, a turned
+            stream), by name: what the old value became, or None where that cannot be said. Used only to find the
+            node behind outputs that are wrong, never to accept them.
     """
 
     program: Program
@@ -124,6 +143,7 @@ class PassResult:
     statistics: Mapping[str, int | float | str] = field(default_factory=dict)
     replay: Replay | None = None
     trace: Trace | None = None
+    moved: Mapping[str, Move | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

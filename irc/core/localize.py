@@ -8,7 +8,7 @@ cannot be the cause. The first differing node that this reaches is the culprit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core import provenance
-from irc.core.contract import Trace
+from irc.core.contract import Move, Trace
 from irc.core.evaluate import evaluate
 from irc.core.excerpt import node_text, window
 from irc.core.numeric import Difference, compare_values
@@ -48,18 +48,26 @@ class _Compared:
 
 
 def explain(
-    before: Program, after: Program, inputs: Sequence[Any], allowed: float, *, trace: Trace | None = None
-) -> Culprit:
+    before: Program, after: Program, inputs: Sequence[Any], allowed: float, *, trace: Trace | None = None,
+    moved: Mapping[str, Move | None] | None = None,
+) -> Culprit:  # fmt: skip
     """Run both programs on the same inputs and name the first node of `after` that diverges.
 
-    `trace` runs the new program where it takes other inputs than the old one.
+    `trace` runs the new program where it takes other inputs than the old one; `moved` says what values became that
+    are others on purpose (see `PassResult`).
     """
     candidates = {node: _counterparts(before, after, node) for node in after.graph.nodes}
     wanted = {name for names in candidates.values() for name in names}
     old: dict[str, Any] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.name in wanted:
+        if node.name not in wanted:
+            return
+        if moved is not None and node.name in moved:
+            move = moved[node.name]
+            if move is not None:
+                old[node.name] = move(value)
+        else:
             old[node.name] = value
 
     with torch.no_grad():

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from rich.text import Text
 from irc.core.contract import Skip
 
 _WIDTH = 140
-_COLUMN_MARGIN = 3
+_COLUMN_MARGIN = 2
 
 
 @dataclass(kw_only=True)
@@ -82,7 +83,10 @@ class Report:
         Columns that do not fit into `width` characters are left out, the least telling first, and named below.
         """
         shown, left_out = self._fitting_columns(width)
-        table = Table(title=f"passes over {self.program}", title_justify="left", caption_justify="left")
+        table = Table(
+            title=f"passes over {self.program}", title_justify="left", caption_justify="left",
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False,
+        )  # fmt: skip
         for column in shown:
             table.add_column(column.title, justify="left" if column is _COLUMNS[0] else "right", no_wrap=True)
         for row in self.rows:
@@ -101,7 +105,7 @@ class Report:
             for c in shown
         }
         left_out: list[_Column] = []
-        while len(shown) > 1 and 1 + sum(widths[c.title] + _COLUMN_MARGIN for c in shown) > width:
+        while len(shown) > 1 and sum(widths[c.title] + _COLUMN_MARGIN for c in shown) > width:
             least = max(shown, key=lambda c: c.rank)
             shown.remove(least)
             left_out.append(least)

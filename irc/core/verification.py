@@ -181,7 +181,7 @@ def _raise_if_broken(
     lines += [f"  also {text}" for _, text in broken[1:4]]
     node = None
     if result.replay is None or result.trace is not None:
-        found = explain(before, after, given.inputs, allowed, trace=result.trace)
+        found = explain(before, after, given.inputs, allowed, trace=result.trace, moved=result.moved)
         node = found.node
         lines.append(found.text)
     elif worst.position:

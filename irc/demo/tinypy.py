@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 
@@ -142,6 +143,11 @@ def model_dir(which: str = "tinypy") -> Path:
 
 def save_config(config: TinyPyConfig, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def load_tokenizer() -> Tokenizer:
+    """The byte-level BPE tokenizer of the shipped models."""
+    return Tokenizer.from_file(str(model_dir("tinypy") / "tokenizer.json"))
 
 
 def load_model(which: str = "tinypy", *, dtype: torch.dtype = torch.float32) -> TinyPy:

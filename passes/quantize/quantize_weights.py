@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.fx as fx
@@ -24,6 +24,7 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_block, worst_group
+from irc.passes.quantize._stored_weights import lossy_promise, write_stored_weight
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
 aten = torch.ops.aten
@@ -33,9 +34,6 @@ _INTEGER_OPTIONS = ("bits", "group_size", "symmetric")
 # What may stand between a dequantized weight and its user: the cut of padding, the shape of a convolution's taps.
 _AFTER = (aten.slice.Tensor, aten.view.default, aten.reshape.default)
 _INDIVISIBLE = ("error", "row", "pad", "skip")
-# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a
-# token: what a working quantization of small and random models stays below, and a wrong scale does not.
-_LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
 
 
 @register_pass
@@ -101,8 +99,7 @@ class QuantizeWeights(Pass):
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
-        rtol, max_kl = _LIMITS[self._format.precision]
-        return Preserves("lossy", rtol=rtol, max_kl=max_kl)
+        return lossy_promise(self._format)
 
     def requires(self, program: Program) -> list[str]:
         """One problem for every layer whose rows the group size does not divide."""
@@ -200,25 +197,7 @@ def _quantize(program: Program, layer: WeightLayer, chosen: Format, scale_dtype:
     rows = weight.detach().reshape(layer.num_rows, layer.width)
     missing = -layer.width % chosen.row_multiple
     parts = _round(torch.nn.functional.pad(rows, (0, missing)) if missing else rows, chosen, scale_dtype)
-    # Where the weight is first used, not where it was read: its full-precision form should live shortly.
-    before = layer.users[0]
-    nodes = [
-        None if tensor is None else program.weight_node(f"{layer.name}_{role}", tensor, before=before)
-        for role, tensor in parts._asdict().items()
-    ]
-    if parts.tensor_scale is None:
-        nodes.pop()
-    options: dict[str, Any] = {} if weight.dtype == chosen.result_dtype(parts.scale) else {"dtype": weight.dtype}
-    target = torch.ops.irc.dequantize.default
-    restored = program.insert(target, *nodes, before=before, format=str(chosen), **options)
-    if missing:
-        restored = program.insert(aten.slice.Tensor, restored, 1, 0, layer.width, before=before)
-    if weight.ndim > 2:
-        restored = program.insert(
-            aten.reshape.default if missing else aten.view.default, restored, list(weight.shape), before=before
-        )
-    program.replace(layer.weight, restored)
-    return parts.num_bytes
+    return write_stored_weight(program, layer, chosen, parts)
 
 
 def _round(rows: Tensor, chosen: Format, scale_dtype: torch.dtype) -> Parts:

@@ -12,15 +12,13 @@ from irc.core.report import Report, Row, bytes_text, flops_text, nearest_miss
 
 TABLE = """\
 passes over toy
-┏━━━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━┳━━━━━━━┳━━━━━━━━┳━━━━━━━━┳━━━━━━━┓
-┃ pass       ┃ matches ┃ skips ┃ nodes ┃ weights ┃ FLOPs ┃  rel. error ┃      KL ┃ top-1 ┃ memory ┃   time ┃ check ┃
-┡━━━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━╇━━━━━━━╇━━━━━━━━╇━━━━━━━━╇━━━━━━━┩
-│ capture    │         │       │    20 │  1.5 MB │  2.0G │             │         │       │        │   0 ms │  5 ms │
-│ good       │       4 │       │    16 │  1.5 MB │  2.0G │     1.2e-07 │ 3.0e-09 │ 99.5% │ 2.0 kB │  12 ms │  9 ms │
-│ idle       │   0 (!) │     2 │    16 │  1.5 MB │  2.0G │   unchanged │         │       │    0 B │   1 ms │  2 ms │
-│ idle-blind │   0 (!) │       │    16 │  1.5 MB │     ? │   unchanged │         │       │    0 B │   1 ms │  2 ms │
-│ unchecked  │       1 │       │    16 │  1.5 MB │  2.0G │ not checked │         │       │    0 B │ 12.0 s │  0 ms │
-└────────────┴─────────┴───────┴───────┴─────────┴───────┴─────────────┴─────────┴───────┴────────┴────────┴───────┘
+pass        matches  skips  nodes  weights  FLOPs   rel. error       KL  top-1  memory    time  check
+──────────────────────────────────────────────────────────────────────────────────────────────────────
+capture                        20   1.5 MB   2.0G                                         0 ms   5 ms
+good              4            16   1.5 MB   2.0G      1.2e-07  3.0e-09  99.5%  2.0 kB   12 ms   9 ms
+idle          0 (!)      2     16   1.5 MB   2.0G    unchanged                     0 B    1 ms   2 ms
+idle-blind    0 (!)            16   1.5 MB      ?    unchanged                     0 B    1 ms   2 ms
+unchecked         1            16   1.5 MB   2.0G  not checked                     0 B  12.0 s   0 ms
 total 12.0 s in passes, 18 ms in checks
 idle matched nothing: nearest miss %b (layers.0 m.py:3): eps is no constant
 idle-blind matched nothing: no candidate was seen
@@ -57,9 +55,9 @@ def test_a_narrow_window_leaves_out_the_least_telling_columns(report: Report) ->
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "…" not in text
-    assert "too narrow for: skips, KL, top-1, memory, check" in text
-    for title in ("pass", "matches", "nodes", "weights", "FLOPs", "rel. error", "time"):
-        assert f" {title} " in text.splitlines()[2]
+    assert "too narrow for: skips, top-1, memory, check" in text
+    for title in ("pass", "matches", "nodes", "weights", "FLOPs", "rel. error", "KL", "time"):
+        assert title in text.splitlines()[1]
 
 
 def test_rows_by_name(report: Report) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import irc
 import irc.passes
+from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import registered_passes
 from irc.core.numeric import compare_outputs
 from irc.core.program import Program
@@ -71,7 +72,9 @@ def before_and_after(name: str, raw: Program) -> tuple[Program, Program]:
     place = CANONICAL_ORDER.index(name) if name in CANONICAL_ORDER else len(canonical)
     before = irc.PassManager(canonical[:place], verify="off").run(raw).program
     pass_ = registered_passes()[name](expect_matches=1)
-    return before, irc.PassManager([pass_], verify="off").run(before).program
+    tokens = torch.randint(4, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    ctx = irc.PassContext(options={CALIBRATION_KEY: tokens})
+    return before, irc.PassManager([pass_], verify="off", ctx=ctx).run(before).program
 
 
 def greedy(program: Program, prompt: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import irc
 import irc.passes
+from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import Pass, PassContext, PassResult, registered_passes
 from irc.core.errors import VerificationError
 from irc.core.ops import is_irc_op
@@ -25,6 +26,7 @@ from irc.passes.canonicalize import canonical_passes
 from tests import zoo
 
 aten = torch.ops.aten
+CALIBRATED = irc.PassContext(options={CALIBRATION_KEY: zoo.token_ids(6, seed=9)})
 Plant = Callable[[Program, list[fx.Node]], fx.Node]
 
 
@@ -103,6 +105,18 @@ def spoil_weight(name: str, index: int, change: Callable[[Tensor], Tensor]) -> P
         wrong = program.weight_node(f"{weight.target}_wrong", change(program.weight(weight)), before=node)
         node.replace_input_with(weight, wrong)
         return node
+
+    return plant
+
+
+def spoil_kept(name: str, index: int, change: Callable[[Tensor], Tensor]) -> Plant:
+    """A wrong new weight in an operation that was there before: the `index`-th of that name."""
+
+    def plant(program: Program, new: list[fx.Node]) -> fx.Node:
+        named = [n for n in program.operations() if str(n.target) == f"aten.{name}.default"]
+        node, weight = named[index], named[index].args[1]
+        assert weight in new
+        return spoil_weight(name, 1, change)(program, [node])
 
     return plant
 
@@ -250,6 +264,44 @@ CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
         {},
         set_keyword("flash_attention", window=lambda w: w - 1),
     ),
+    "quantize-gptq: scale transposed": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s.flatten().view(s.shape[1], s.shape[0]).t().contiguous()),
+    ),
+    "quantize-gptq: nibbles": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16},
+        spoil_weight("dequantize", 0, lambda q: (q >> 4) | (q << 4)),
+    ),
+    "quantize-clipped: zero point": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16, "symmetric": False},
+        spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+    "quantize-clipped: scale transposed": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s.flatten().view(s.shape[1], s.shape[0]).t().contiguous()),
+    ),
+    "quantize-gptq: zero point": (
+        of_zoo("llama"),
+        {"bits": 4, "group_size": 16, "symmetric": False},
+        spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+    "quantize-gptq: scales of 5 % more": (
+        of_zoo("llama"),
+        {"bits": 8, "group_size": 16},
+        spoil_weight("dequantize", 1, lambda s: s * 1.05),
+    ),
+    "smooth-activations: factors reversed": (of_zoo("llama"), {}, spoil_kept("linear", 3, lambda w: w.flip(1))),
+    "scale-salient-channels: one factor lost": (
+        of_zoo("llama"),
+        {"group_size": 16},
+        spoil_kept("linear", 6, lambda w: w * torch.where(torch.arange(w.shape[1]) == 3, 1.5, 1.0)),
+    ),
+    "rotate-residual: turned the other way": (of_zoo("llama"), {}, spoil_kept("linear", 4, lambda w: w.flip(1))),
+    "rotate-residual: a writer left as it was": (of_zoo("llama"), {}, spoil_kept("linear", 3, lambda w: w.flip(0))),
     "quantize-weights: scale transposed": (
         of_zoo("llama"),
         {"bits": 8, "group_size": 16},
@@ -274,8 +326,11 @@ def test_a_planted_bug_is_named(case: str) -> None:
     name = case.partition(":")[0]
     program = prepared(name, build())
     blamed: list[str] = []
+    manager = irc.PassManager(
+        [planted(registered_passes()[name](**options), plant, blamed)], verify="each", ctx=CALIBRATED
+    )
     with pytest.raises(VerificationError) as caught:
-        irc.PassManager([planted(registered_passes()[name](**options), plant, blamed)], verify="each").run(program)
+        manager.run(program)
     assert blamed, "the plant was never reached"
     assert caught.value.pass_name == name
     assert caught.value.node == blamed[0], str(caught.value)

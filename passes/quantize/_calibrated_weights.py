@@ -1,0 +1,156 @@
+"""The frame of passes that quantize weights layer by layer on calibration data.
+
+Layers are done in the order of the graph, on inputs that the quantized layers before them compute (true
+sequential). Convolutions, embeddings and weights that several operations share are skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from irc.core.calibration import calibration_of
+from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip
+from irc.core.errors import IrcError, OptionError, PassError
+from irc.core.formats import Parts, QuantFormat, dequantize_tensor
+from irc.core.lockstep import Lockstep, Values
+from irc.core.program import Program
+from irc.core.provenance import module_path
+from irc.passes.quantize._gptq import Grid
+from irc.passes.quantize._gram import InputStatistics, input_statistics
+from irc.passes.quantize._layer_store import LayerStore
+from irc.passes.quantize._stored_weights import (
+    check_stored_weights,
+    lossy_promise,
+    write_stored_weight,
+)
+from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedWeights(Pass):
+    """Base of such passes: they say how one layer's integers and scales are found.
+
+    Attributes:
+        rounds_to_nearest: whether `quantize_layer` gives the nearest integers on its grid, which is then checked.
+        bits, group_size, symmetric: the format, as in `quantize-weights`.
+    """
+
+    rounds_to_nearest: ClassVar[bool] = False
+    bits: int = 4
+    group_size: int | None = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        problems = self.option_problems()
+        if problems:
+            raise OptionError(f"{self.name}: " + "; ".join(problems))
+
+    def option_problems(self) -> list[str]:
+        """Everything that is wrong with the options."""
+        problems = []
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            problems.append(f"bits must be 2 to 8, not {self.bits!r}")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            problems.append(f"group_size must be a positive number or None, not {self.group_size!r}")
+        return problems
+
+    def quantize_layer(self, weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Grid]:
+        """Integers f32[N, K] of a weight f32[N, K], and the grid they are on.
+
+        Raises:
+            IrcError: it cannot be done, and why.
+        """
+        raise TypeError(f"{type(self).__name__} has no quantize_layer method")
+
+    @property
+    def preserves(self) -> Preserves:  # type: ignore[override]
+        return lossy_promise(self.format)
+
+    @property
+    def format(self) -> QuantFormat:
+        """The format of all layers."""
+        return QuantFormat(self.bits, self.group_size, symmetric=self.symmetric, signed=self.symmetric)
+
+    def requires(self, program: Program) -> list[str]:
+        """One problem for every layer whose rows the group size does not divide."""
+        problems = []
+        for layer in _layers(program):
+            reason = None if isinstance(layer, Skip) else self.format.why_not_rows_of(layer.width)
+            if isinstance(layer, WeightLayer) and reason is not None:
+                problems.append(f"{layer.name} ({module_path(layer.users[0])}): {reason}; choose another group_size")
+        return problems
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        data = calibration_of(ctx, self.name)
+        batches = data.inputs_for(program)
+        store = LayerStore.of(ctx, self, program, data)
+        found = list(_layers(program))
+        skips = [layer for layer in found if isinstance(layer, Skip)]
+        layers = {
+            layer.users[0]: layer for layer in found if isinstance(layer, WeightLayer) and ctx.allow(layer.users[0])
+        }
+        results: dict[fx.Node, Parts] = {}
+        statistics: dict[fx.Node, InputStatistics] = {}
+        run = Lockstep(program, batches)
+        progress = ctx.track(self.name, list(layers))
+
+        def visit(node: fx.Node, values: Values) -> None:
+            next(progress)
+            layer = layers[node]
+            weight = program.weight(layer.weight).detach()
+            known = store.get(layer.name)
+            if known is None:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                if source not in statistics:  # layers that share an input follow one another
+                    statistics.clear()
+                    statistics[source] = input_statistics(node, values(source), self.name)
+                known = self._quantized(node, weight, statistics[source])
+                store.put(layer.name, known)
+            parts = results[node] = Parts(**known)
+            run.replace(layer.weight, dequantize_tensor(parts, self.format, weight.dtype))
+
+        run.run(visit, layers)
+        for _ in progress:  # tells the end
+            pass
+        totals = {"quantized_weights": 0, "bytes_before": 0, "bytes_after": 0}
+        for node, parts in results.items():
+            weight = program.weight(layers[node].weight)
+            totals["quantized_weights"] += weight.numel()
+            totals["bytes_before"] += weight.numel() * weight.element_size()
+            totals["bytes_after"] += write_stored_weight(program, layers[node], self.format, parts)
+        program.erase_dead()
+        return PassResult(program, matches=len(results), skips=skips, modified=bool(results), statistics=totals)
+
+    def ensures(self, before: Program, result: PassResult) -> list[Finding]:
+        """Weights are where they may be: on the nearest numbers, or not much further than rounding puts them."""
+        return check_stored_weights(before, result.program, self.format, nearest=self.rounds_to_nearest)
+
+    def _quantized(self, node: fx.Node, weight: Tensor, inputs: InputStatistics) -> dict[str, Tensor]:
+        try:
+            integers, grid = self.quantize_layer(weight.float(), inputs)
+        except IrcError as error:
+            raise PassError(
+                f"{node.name} ({module_path(node)}) cannot be quantized: {error}", pass_name=self.name, node=node.name
+            ) from error
+        found = {"stored": self.format.pack(integers.to(torch.int16)), "scale": grid.scale.float()}
+        return (
+            found
+            if grid.zero_point is None
+            else found | {"zero_point": grid.zero_point.to(self.format.zero_point_dtype)}
+        )
+
+
+def _layers(program: Program) -> Iterator[WeightLayer | Skip]:
+    for layer in find_weight_layers(program, embeddings=False, convolutions=False):
+        if isinstance(layer, WeightLayer) and len(layer.users) > 1:
+            others = ", ".join(user.name for user in layer.users[1:])
+            yield Skip.at(layer.users[0], f"weight {layer.name} is shared with {others}, whose inputs differ")
+        else:
+            yield layer

@@ -1,0 +1,54 @@
+"""Weights of linear layers quantized by GPTQ: each layer's output on calibration data keeps its value.
+
+Runs on a canonical program, before merges (small layers, small Gram matrices) and before the KV cache. Scales are
+fixed before the columns are rounded (static groups), so that the order of the columns costs nothing at run time. Does
+not handle: convolutions, embeddings, weights that several operations share; each is a skip.
+Source: Frantar et al. 2022, https://arxiv.org/abs/2210.17323.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from irc.core.contract import register_pass
+from irc.passes.quantize._calibrated_weights import CalibratedWeights
+from irc.passes.quantize._gptq import Grid, damped, gptq, make_grid
+from irc.passes.quantize._gram import InputStatistics
+
+_SEARCHES = ("absmax", "error")
+
+
+@register_pass
+@dataclass(frozen=True, kw_only=True)
+class QuantizeGptq(CalibratedWeights):
+    """W → irc.dequantize(Q, scale), Q minimising ‖(W - Ŵ)·X‖² over calibration inputs X column by column.
+
+    Attributes:
+        act_order: columns of the most active inputs first.
+        search: scales from the largest weight of a group (`absmax`), or from the least `error` of a group weighted
+            by how active its inputs are.
+        damping: share of the Gram matrix's mean diagonal that is added to it.
+
+    Preserves: lossy, by bits.
+    """
+
+    name: ClassVar[str] = "quantize-gptq"
+    act_order: bool = True
+    search: str = "error"
+    damping: float = 0.01
+
+    def option_problems(self) -> list[str]:
+        problems = super().option_problems()
+        if self.search not in _SEARCHES:
+            problems.append(f"search must be one of {', '.join(_SEARCHES)}, not {self.search!r}")
+        if not 0 < self.damping < 1:
+            problems.append(f"damping must be between 0 and 1, not {self.damping!r}")
+        return problems
+
+    def quantize_layer(self, weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Grid]:
+        gram = damped(inputs.gram, self.damping)
+        grid = make_grid(weight, self.format, gram.diagonal() if self.search == "error" else None)
+        return gptq(weight, gram, grid, act_order=self.act_order), grid
