@@ -1,0 +1,178 @@
+"""Activation quantization after training: the other half of W8A8, as quantize → dequantize in front of each layer.
+
+Runs behind a weight quantizer (`quantize-weights{bits=8,group-size=none,include-convolutions=true}`, or any other) and
+before `insert-kv-cache`. One pair serves all layers that read a value. Embedding tables have no activations: their
+integers are chosen by `quantize-weights{include-embeddings=true}`.
+
+    static    one scale a tensor, found by an observer over calibration data; layers are calibrated one after the other,
+              each on what the quantized layers before it give
+    dynamic   one symmetric scale a token (for attention: a token and head), computed in the graph
+
+Does not quantize: the probabilities inside attention (between its two products; a target that multiplies integers
+there must say so), results, plain matmuls, layers with a weight in full precision (unless `float_weights`), in dynamic
+mode inputs of convolutions. Each is a skip with its reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx as fx
+
+from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
+from irc.core.errors import OptionError
+from irc.core.formats import QuantFormat
+from irc.core.ops.registry import is_irc_op
+from irc.core.program import VAL, Program, describe
+from irc.passes.quantize._activation_sites import ActivationSite, find_activation_sites
+from irc.passes.quantize._calibrate import MakeObserver, Uncalibrated, calibrate, uncalibrated_parts
+from irc.passes.quantize.observers import OBSERVERS, PercentileObserver
+
+_MODES = ("static", "dynamic")
+# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a token.
+_LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
+
+
+@register_pass
+@dataclass(frozen=True, kw_only=True)
+class QuantizeActivations(Pass):
+    """layer(x, W) → layer(irc.dequantize(irc.quantize(x, s, z)), W), s and z calibrated, or s = max|x| / high a token.
+
+    Preserves: lossy, by bits; with 8, outputs stay within 5 % of the largest, where observers clip within 20 %.
+
+    Attributes:
+        mode: `static` (needs calibration data) or `dynamic`.
+        bits: 2 to 8.
+        symmetric: no zero point; None: static without, dynamic with symmetry.
+        observer: of static ranges: `min-max`, `percentile`, `mse` or `entropy`.
+        percentile: what the percentile observer keeps, in percent.
+        include_attention: also query, key and value of attention.
+        float_weights: also layers whose weight is not quantized.
+    """
+
+    name: ClassVar[str] = "quantize-activations"
+    mode: Literal["static", "dynamic"] = "static"
+    bits: int = 8
+    symmetric: bool | None = None
+    observer: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
+    percentile: float = 99.99
+    include_attention: bool = True
+    float_weights: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.mode not in _MODES:
+            problems.append(f"mode must be one of {', '.join(_MODES)}, not {self.mode!r}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            problems.append(f"bits must be 2 to 8, not {self.bits!r}")
+        if self.observer not in OBSERVERS:
+            problems.append(f"observer must be one of {', '.join(OBSERVERS)}, not {self.observer!r}")
+        if not 50 < self.percentile <= 100:
+            problems.append(f"percentile must be above 50 and at most 100, not {self.percentile!r}")
+        if self.mode == "dynamic" and self.symmetric is False:
+            problems.append("dynamic scales are symmetric: symmetric=False needs mode='static'")
+        if problems:
+            raise OptionError(f"{self.name}: " + "; ".join(problems))
+
+    @property
+    def preserves(self) -> Preserves:  # type: ignore[override]
+        clips = self.mode == "static" and self.observer != "min-max"
+        rtol, max_kl = _LIMITS[max(2, self.bits - 2) if clips else self.bits]
+        return Preserves("lossy", rtol=rtol, max_kl=max_kl)
+
+    @property
+    def form(self) -> QuantFormat:
+        """The format of the activations."""
+        if self.mode == "dynamic":
+            return QuantFormat(self.bits)
+        symmetric = bool(self.symmetric)
+        return QuantFormat(self.bits, symmetric=symmetric, signed=symmetric, per_tensor=True)
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        skips: list[Skip] = []
+        waiting: list[Uncalibrated] = []
+        counts: Counter[str] = Counter()
+        for site in list(
+            find_activation_sites(program, attention=self.include_attention, float_weights=self.float_weights)
+        ):
+            problem = site if isinstance(site, Skip) else self._why_not(site)
+            if problem is not None:
+                skips.append(problem)
+            elif isinstance(site, ActivationSite) and ctx.allow(site.readers[0].node):
+                quantized = self._quantize(program, site)
+                if self.mode == "static":
+                    waiting.append(Uncalibrated(quantized, site.where))
+                counts.update(f"{reader.kind}_operands" for reader in site.readers)
+                counts["values"] += 1
+        calibrate(program, waiting, observer_maker(self.observer, self.percentile), ctx, self.name)
+        matches = counts["values"]
+        return PassResult(program, matches=matches, skips=skips, modified=matches > 0, statistics=dict(counts))
+
+    def ensures(self, before: Program, result: PassResult) -> list[Finding]:
+        """Every new quantize has a usable scale, and is read by dequantizes of the very same parts and format only."""
+        known = {node.name for node in before.graph.nodes}
+        findings = []
+        for node in result.program.graph.nodes:
+            if node.name not in known and is_irc_op(node.target, "quantize"):
+                problem = _problem(result.program, node, str(self.form))
+                if problem is not None:
+                    findings.append(Finding(node.name, problem))
+        return findings
+
+    def _why_not(self, site: ActivationSite) -> Skip | None:
+        user = site.readers[0].node
+        if self.mode == "dynamic" and "convolution" in site.kinds:
+            return Skip.at(user, "the input of a convolution has no tokens to scale one by one: use mode='static'")
+        width = site.value.meta[VAL].shape[-1] if site.value.meta[VAL].ndim else 1
+        if self.form.packs_two and (not isinstance(width, int) or width % 2):
+            return Skip.at(user, f"4-bit numbers are stored in pairs, and the last size of {site.value.name} is {width}")
+        return None
+
+    def _quantize(self, program: Program, site: ActivationSite) -> fx.Node:
+        value, first, ops, text = site.value, site.readers[0].node, torch.ops.irc, str(self.form)
+        parts: list[fx.Node | None]
+        if self.mode == "dynamic":
+            parts = [program.insert(ops.dynamic_scale.default, value, before=first, format=text), None]
+        else:
+            parts = uncalibrated_parts(program, value, self.form, first)
+        quantized = program.insert(ops.quantize.default, value, *parts, before=first, format=text)
+        dtype = value.meta[VAL].dtype
+        assert parts[0] is not None
+        options: dict[str, Any] = {} if dtype == parts[0].meta[VAL].dtype else {"dtype": dtype}
+        restored = program.insert(ops.dequantize.default, quantized, *parts, before=first, format=text, **options)
+        for reader in site.readers:
+            reader.node.replace_input_with(value, restored)
+        return quantized
+
+
+def observer_maker(name: str, percentile: float) -> MakeObserver:
+    """How to make the observer of that name for a format."""
+    if name == "percentile":
+        return lambda form: PercentileObserver(form=form, percentile=percentile)
+    return lambda form: partial(OBSERVERS[name], form=form)()
+
+
+def _problem(program: Program, node: fx.Node, form: str) -> str | None:
+    if node.kwargs["format"] != form:
+        return f"has format {node.kwargs['format']}, not {form}"
+    source, scale, zero_point = node.args[:3]
+    assert isinstance(source, fx.Node)
+    assert isinstance(scale, fx.Node)
+    if scale.op == "get_attr":
+        tensor = program.weight(scale)
+        if "uncalibrated" in str(scale.target) or not bool((tensor.isfinite() & (tensor > 0)).all()):
+            return f"has scale {scale.target} = {tensor.flatten()[:4].tolist()}, which was never calibrated or is no step"
+    elif not is_irc_op(scale.target, "dynamic_scale") or scale.args[0] is not source:
+        return f"has a scale that is not computed from its own input {source.name}"
+    for user in node.users:
+        if not is_irc_op(user.target, "dequantize") or user.args[1:3] != (scale, zero_point):
+            return f"is read by {user.name}, which is no dequantize with its own scale and zero point"
+        if user.kwargs["format"] != form:
+            return f"is dequantized as {user.kwargs['format']} by {user.name}"
+        if describe(user.meta[VAL]) != describe(source.meta[VAL]):
+            return f"comes back as {describe(user.meta[VAL])}, was {describe(source.meta[VAL])}"
+    return None
