@@ -17,8 +17,12 @@ from irc.passes.fuse._layers import CONVOLUTIONS, arguments
 
 aten = torch.ops.aten
 
-_PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
-                       aten.baddbmm.default, aten.einsum.default, aten.mv.default, aten._grouped_mm.default})  # fmt: skip
+_PRODUCTS = frozenset(
+    {
+        aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
+        aten.einsum.default, aten.mv.default, aten._grouped_mm.default,
+    }
+)  # fmt: skip
 _VIEWS = frozenset({aten.view.default, aten.reshape.default})
 
 
@@ -53,9 +57,7 @@ class ActivationSite:
         return self.readers[0].where
 
 
-def find_activation_sites(
-    program: Program, *, attention: bool, float_weights: bool
-) -> Iterator[ActivationSite | Skip]:
+def find_activation_sites(program: Program, *, attention: bool, float_weights: bool) -> Iterator[ActivationSite | Skip]:
     """Each value that layers multiply, with all layers that do, in graph order; or why an operation is left alone.
 
     What is dequantized already is no site. `float_weights`: also layers whose weight is not quantized.
@@ -78,7 +80,9 @@ def is_quantized_weight(node: object) -> bool:
     """Whether a layer's weight comes from stored integers, or is trained as if it did."""
     while isinstance(node, fx.Node) and node.target in _VIEWS:
         node = node.args[0]
-    return isinstance(node, fx.Node) and (is_irc_op(node.target, "dequantize") or is_irc_op(node.target, "fake_quantize"))
+    return isinstance(node, fx.Node) and (
+        is_irc_op(node.target, "dequantize") or is_irc_op(node.target, "fake_quantize")
+    )
 
 
 def _operands(node: fx.Node) -> list[Reader]:
@@ -95,9 +99,9 @@ def _why_not(node: fx.Node, *, attention: bool, float_weights: bool) -> str | No
         return f"{node.target} is no linear layer, convolution or attention: its operands stay as they are"
     if _is_attention(node):
         return None if attention else "is attention (include_attention=True takes its query, key and value)"
-    if (_is_linear(node) or _is_convolution(node)) and not float_weights:
-        if not is_quantized_weight(arguments(node)["weight"]):
-            return "its weight is not quantized: quantize weights first, or set float_weights=True"
+    is_layer = _is_linear(node) or _is_convolution(node)
+    if is_layer and not float_weights and not is_quantized_weight(arguments(node)["weight"]):
+        return "its weight is not quantized: quantize weights first, or set float_weights=True"
     return None
 
 

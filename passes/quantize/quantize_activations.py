@@ -29,12 +29,13 @@ from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.passes.quantize._activation_sites import ActivationSite, find_activation_sites
-from irc.passes.quantize._calibrate import MakeObserver, Uncalibrated, calibrate, uncalibrated_parts
-from irc.passes.quantize.observers import OBSERVERS, PercentileObserver
+from irc.passes.quantize._calibrate import Uncalibrated, calibrate, uncalibrated_parts
+from irc.passes.quantize.observers import OBSERVERS, make_observer
 
 _MODES = ("static", "dynamic")
-# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a token.
-_LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (0.6, 0.6), 3: (1.2, 2.0), 2: (3.0, 8.0)}
+# Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a token:
+# about twice what the demo model's largest outlier shows (half a million logits), and six times its KL.
+_LIMITS = {8: (0.12, 0.02), 7: (0.2, 0.05), 6: (0.3, 0.1), 5: (0.45, 0.3), 4: (0.8, 0.8), 3: (1.4, 2.0), 2: (3.0, 8.0)}
 
 
 @register_pass
@@ -42,7 +43,8 @@ _LIMITS = {8: (0.05, 0.01), 7: (0.1, 0.03), 6: (0.2, 0.1), 5: (0.35, 0.25), 4: (
 class QuantizeActivations(Pass):
     """layer(x, W) → layer(irc.dequantize(irc.quantize(x, s, z)), W), s and z calibrated, or s = max|x| / high a token.
 
-    Preserves: lossy, by bits; with 8, outputs stay within 5 % of the largest, where observers clip within 20 %.
+    Preserves: lossy, by bits; with 8, outputs stay within 12 % of the largest and 0.02 nats a token, where observers
+        clip blindly (percentile, entropy) 30 % and 0.1.
 
     Attributes:
         mode: `static` (needs calibration data) or `dynamic`.
@@ -58,7 +60,7 @@ class QuantizeActivations(Pass):
     mode: Literal["static", "dynamic"] = "static"
     bits: int = 8
     symmetric: bool | None = None
-    observer: Literal["min-max", "percentile", "mse", "entropy"] = "min-max"
+    observer: Literal["min-max", "percentile", "mse", "entropy"] = "mse"
     percentile: float = 99.99
     include_attention: bool = True
     float_weights: bool = False
@@ -80,7 +82,7 @@ class QuantizeActivations(Pass):
 
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
-        clips = self.mode == "static" and self.observer != "min-max"
+        clips = self.mode == "static" and self.observer in ("percentile", "entropy")
         rtol, max_kl = _LIMITS[max(2, self.bits - 2) if clips else self.bits]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
@@ -108,7 +110,8 @@ class QuantizeActivations(Pass):
                     waiting.append(Uncalibrated(quantized, site.where))
                 counts.update(f"{reader.kind}_operands" for reader in site.readers)
                 counts["values"] += 1
-        calibrate(program, waiting, observer_maker(self.observer, self.percentile), ctx, self.name)
+        make = partial(make_observer, self.observer, percentile=self.percentile)
+        calibrate(program, waiting, make, ctx, self.name)
         matches = counts["values"]
         return PassResult(program, matches=matches, skips=skips, modified=matches > 0, statistics=dict(counts))
 
@@ -129,7 +132,9 @@ class QuantizeActivations(Pass):
             return Skip.at(user, "the input of a convolution has no tokens to scale one by one: use mode='static'")
         width = site.value.meta[VAL].shape[-1] if site.value.meta[VAL].ndim else 1
         if self.form.packs_two and (not isinstance(width, int) or width % 2):
-            return Skip.at(user, f"4-bit numbers are stored in pairs, and the last size of {site.value.name} is {width}")
+            return Skip.at(
+                user, f"4-bit numbers are stored in pairs, and the last size of {site.value.name} is {width}"
+            )
         return None
 
     def _quantize(self, program: Program, site: ActivationSite) -> fx.Node:
@@ -149,13 +154,6 @@ class QuantizeActivations(Pass):
         return quantized
 
 
-def observer_maker(name: str, percentile: float) -> MakeObserver:
-    """How to make the observer of that name for a format."""
-    if name == "percentile":
-        return lambda form: PercentileObserver(form=form, percentile=percentile)
-    return lambda form: partial(OBSERVERS[name], form=form)()
-
-
 def _problem(program: Program, node: fx.Node, form: str) -> str | None:
     if node.kwargs["format"] != form:
         return f"has format {node.kwargs['format']}, not {form}"
@@ -165,7 +163,9 @@ def _problem(program: Program, node: fx.Node, form: str) -> str | None:
     if scale.op == "get_attr":
         tensor = program.weight(scale)
         if "uncalibrated" in str(scale.target) or not bool((tensor.isfinite() & (tensor > 0)).all()):
-            return f"has scale {scale.target} = {tensor.flatten()[:4].tolist()}, which was never calibrated or is no step"
+            return (
+                f"has scale {scale.target} = {tensor.flatten()[:4].tolist()}, which was never calibrated or is no step"
+            )
     elif not is_irc_op(scale.target, "dynamic_scale") or scale.args[0] is not source:
         return f"has a scale that is not computed from its own input {source.name}"
     for user in node.users:

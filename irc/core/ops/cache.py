@@ -29,8 +29,8 @@ def cache_write(cache: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     Shapes: cache [B, Hkv, L, D]; value [B, Hkv, S, D]; positions i64[B, S], each in [0, L).
     """
     index = positions.unsqueeze(1).unsqueeze(-1).expand(-1, value.shape[1], -1, value.shape[3])
-    bytes_ = as_bytes(cache)
-    return bytes_.scatter(2, index, as_bytes(value.to(cache.dtype))).view(cache.dtype)
+    written = as_bytes(cache).scatter(2, index, as_bytes(value.to(cache.dtype)))
+    return written if written.dtype == cache.dtype else written.view(cache.dtype)
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -116,9 +116,7 @@ def _fake_quantize_flops(x: Shape, *_: object, **__: object) -> sympy.Expr:
     flops=_fake_quantize_flops,
     source="Esser et al. 2020 (LSQ), https://arxiv.org/abs/1902.08153; Bengio et al. 2013 (straight-through)",
 )
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str, learned: bool = False
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, *, format: str, learned: bool = False) -> Tensor:
     """dequantize(quantize(x)), number for number, with gradients to train through.
 
     With v = x / scale: dx is 1 where v lies within the integers' range and 0 outside (straight-through). With

@@ -12,6 +12,7 @@ the tensor). `grid` makes scale and zero point of it.
 from __future__ import annotations
 
 from irc.core.errors import OptionError, nearest
+from irc.core.formats import QuantFormat
 from irc.passes.quantize.observers.base import MinMaxObserver, Observer, grid
 from irc.passes.quantize.observers.entropy import EntropyObserver
 from irc.passes.quantize.observers.histogram import HistogramObserver
@@ -26,18 +27,20 @@ OBSERVERS: dict[str, type[Observer]] = {
 }
 
 
-def observer_named(name: str) -> type[Observer]:
-    """The observer of that name.
+def make_observer(name: str, form: QuantFormat, *, axis: int | None = None, percentile: float = 99.99) -> Observer:
+    """An observer by name, for the integers of a format; `percentile` is for the one of that name.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is none of that name.
     """
     if name not in OBSERVERS:
         raise OptionError(f"no observer is called {name!r}{nearest(name, OBSERVERS)}")
-    return OBSERVERS[name]
+    if name == "percentile":
+        return PercentileObserver(form=form, axis=axis, percentile=percentile)
+    return OBSERVERS[name](form=form, axis=axis)
 
 
 __all__ = [
     "OBSERVERS", "EntropyObserver", "HistogramObserver", "MinMaxObserver", "MseObserver", "Observer",
-    "PercentileObserver", "grid", "observer_named",
+    "PercentileObserver", "grid", "make_observer",
 ]  # fmt: skip

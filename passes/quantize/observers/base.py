@@ -68,6 +68,7 @@ class Observer(abc.ABC):
         """Scale and zero point (None if symmetric) of each channel."""
         return grid(self.form, *self.range())
 
+    @abc.abstractmethod
     def _add(self, rows: Tensor) -> None:
         """Take in values [channels, n], all finite; `low` and `high` know them already."""
 
@@ -79,6 +80,9 @@ class Observer(abc.ABC):
 @dataclass(kw_only=True)
 class MinMaxObserver(Observer):
     """The whole range that was seen."""
+
+    def _add(self, rows: Tensor) -> None:
+        """Nothing but the range is kept."""
 
     def _chosen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return low, high

@@ -28,7 +28,9 @@ class MseObserver(HistogramObserver):
         factor = torch.ones_like(low)
         # From the whole range down, so that of equal candidates the one that clips least is kept.
         for candidate in torch.linspace(1.0, _SMALLEST, _CANDIDATES).tolist():
-            error = (counts * (self._rounded(centers, low * candidate, high * candidate) - centers).double() ** 2).sum(1)
+            error = (counts * (self._rounded(centers, low * candidate, high * candidate) - centers).double() ** 2).sum(
+                1
+            )
             better = error < best
             best, factor = torch.where(better, error, best), torch.where(better, candidate, factor)
         return low * factor, high * factor
