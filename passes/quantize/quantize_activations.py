@@ -16,15 +16,18 @@ mode inputs of convolutions. Each is a skip with its reason.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.errors import OptionError
+from irc.core.evaluate import evaluate
 from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
@@ -36,6 +39,9 @@ _MODES = ("static", "dynamic")
 # Largest change of the outputs, relative to their largest value, and largest mean KL divergence in nats a token:
 # about twice what the demo model's largest outlier shows (half a million logits), and six times its KL.
 _LIMITS = {8: (0.12, 0.02), 7: (0.2, 0.05), 6: (0.3, 0.1), 5: (0.45, 0.3), 4: (0.8, 0.8), 3: (1.4, 2.0), 2: (3.0, 8.0)}
+
+# Largest root mean square error of one quantized value relative to its own: coarse steps and clipping together.
+_MOST_LOST = {8: 0.3, 7: 0.3, 6: 0.3, 5: 0.35, 4: 0.5, 3: 0.8, 2: 1.5}
 
 
 @register_pass
@@ -116,7 +122,7 @@ class QuantizeActivations(Pass):
         return PassResult(program, matches=matches, skips=skips, modified=matches > 0, statistics=dict(counts))
 
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
-        """Every new quantize has a usable scale, and is read by dequantizes of the very same parts and format only."""
+        """New quantizes have usable scales, are read by their own dequantizes, and keep the example's values."""
         known = {node.name for node in before.graph.nodes}
         findings = []
         for node in result.program.graph.nodes:
@@ -124,7 +130,7 @@ class QuantizeActivations(Pass):
                 problem = _problem(result.program, node, str(self.form))
                 if problem is not None:
                     findings.append(Finding(node.name, problem))
-        return findings
+        return findings or list(_lost(result.program, known, self.bits))
 
     def _why_not(self, site: ActivationSite) -> Skip | None:
         user = site.readers[0].node
@@ -152,6 +158,35 @@ class QuantizeActivations(Pass):
         for reader in site.readers:
             reader.node.replace_input_with(value, restored)
         return quantized
+
+
+def _lost(program: Program, known: set[str], bits: int) -> Iterator[Finding]:
+    """New dequantizes that give back something else than their quantize was given, on the example inputs."""
+    if program.example_inputs is None or any(w.device.type == "meta" for w in program.weights.values()):
+        return
+    sources: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.name not in known and is_irc_op(node.target, "dequantize"):
+            sources.setdefault(node.args[0].args[0], []).append(node)
+    given: dict[fx.Node, Tensor] = {}
+    lost: dict[fx.Node, float] = {}
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if node in sources:
+            given[node] = value
+        elif node.name not in known and is_irc_op(node.target, "dequantize"):
+            before = given[node.args[0].args[0]].float()  # type: ignore[union-attr, index]
+            lost[node] = float((value.float() - before).norm() / before.norm().clamp_min(1e-30))
+
+    with torch.no_grad():
+        evaluate(program.graph, program.weight, program.example_inputs, compare)
+    for node, share in lost.items():
+        if not share <= _MOST_LOST[bits]:
+            yield Finding(
+                node.name,
+                f"loses {share:.0%} of its input on the example inputs (root mean square; at most"
+                f" {_MOST_LOST[bits]:.0%} is allowed): the calibration data are not like them, or the scale is wrong",
+            )
 
 
 def _problem(program: Program, node: fx.Node, form: str) -> str | None:

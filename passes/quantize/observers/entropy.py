@@ -20,9 +20,10 @@ _STEPS_A_LEVEL = 8
 class EntropyObserver(HistogramObserver):
     """The threshold T for |x| with the least KL(P ‖ Q).
 
-    P: counts of magnitudes up to T, everything beyond in the last bin; Q: the same counts summed to as many levels
-    as there are integers for a sign, and spread evenly over the bins that were not empty. The first bin, mostly
-    exact zeros, counts as much as its neighbour: zero is exact on any grid.
+    P: counts of magnitudes up to T, everything beyond in the last bin that is not empty (in an empty one it would
+    make the divergence infinite); Q: the same counts summed to as many levels as there are integers for a sign, and
+    spread evenly over the bins that were not empty. The first bin, mostly exact zeros, counts as much as its
+    neighbour: zero is exact on any grid.
     """
 
     def _chosen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,13 +50,13 @@ def _best_bins(counts: Tensor, levels: int) -> Tensor:
 
 def _divergence(counts: Tensor, kept: int, levels: int) -> Tensor:
     inside = counts[:kept]
+    if not bool(inside.any()):
+        return torch.tensor(torch.inf, dtype=counts.dtype)
     p = inside.clone()
-    p[-1] += counts[kept:].sum()
+    p[int(inside.nonzero().max())] += counts[kept:].sum()
     level = torch.arange(kept, device=counts.device) * levels // kept
     filled = (inside > 0).double()
     sums = torch.zeros(levels, dtype=counts.dtype, device=counts.device)
     q = (sums.index_add(0, level, inside) / sums.index_add(0, level, filled).clamp_min(1))[level] * filled
     p, q = p / p.sum(), q / q.sum()
-    # Clipped values in a bin that is empty otherwise cannot be told by Q at all.
-    terms = torch.where(p > 0, p * (p / q).log(), 0.0)
-    return terms.sum().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum()
