@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from irc.core import formats
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
@@ -165,6 +166,13 @@ class OnnxTarget(Target):
                 "irc.fake_quantize", fakes, "is for training: run convert-fake-quantization before lowering"
             )
             coverage.refused.append(concern)
+        packing = sum(
+            is_irc_op(node.target, "quantize") and formats.parse(str(node.kwargs["format"])).packs_two
+            for node in program.operations()
+        )
+        if packing:
+            reason = "packs 4-bit numbers at run time, which the exporter writes with mixed types: use 8 bits"
+            coverage.refused.append(Concern("irc.quantize", packing, reason))
         for node in program.graph.nodes:
             value = node.meta.get(VAL)
             if node.op == "placeholder" and isinstance(value, Tensor) and value.dtype in _FLOAT8:

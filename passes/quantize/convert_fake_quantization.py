@@ -38,7 +38,7 @@ class ConvertFakeQuantization(Pass):
             scale = program.weight(node.args[1])  # type: ignore[arg-type]
             if scale.device.type != "meta" and not bool((scale.isfinite() & (scale > 0)).all()):
                 problems.append(
-                    f"{node.name}: scale {node.args[1].target} = {float(scale.min()):.3g} is no step;"  # type: ignore[union-attr]
+                    f"{node.name}: scale {node.args[1].target} = {float(scale.detach().min()):.3g} is no step;"  # type: ignore[union-attr]
                     " train scales with a smaller learning rate"
                 )
         return problems

@@ -66,6 +66,7 @@ class QuantizeKVCache(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         codec, skips, quantized = CODECS[self.format], list[Skip](), dict[str, torch.dtype]()
         before = _cache_of(program)
+        continues = {program.outputs[out]: program.placeholders[i] for out, i in program.aliases.items()}
         for node in program.placeholders[_FIRST_CACHE:]:
             write = _own_write(program, node)
             problem = write if isinstance(write, str) else codec.why_not(int(node.meta[VAL].shape[-1]))
@@ -73,10 +74,10 @@ class QuantizeKVCache(Pass):
                 skips.append(Skip.at(node, problem))
             elif isinstance(write, fx.Node) and ctx.allow(node):
                 quantized[str(node.target)] = node.meta[VAL].dtype
-                _quantize(program, node, write, codec)
+                _quantize(program, node, write, codec, continues)
         if not quantized:
             return PassResult(program, skips=skips, modified=False)
-        _describe(program, before, quantized, codec)
+        _describe(program, before, quantized, codec, continues)
         if program.example_inputs is not None:
             program.example_inputs = tuple(_stored_inputs(program.example_inputs, before, quantized, codec))
         after = _cache_of(program)
@@ -111,8 +112,9 @@ class QuantizeKVCache(Pass):
         if sorted(program.aliases.values()) != list(range(_FIRST_CACHE, len(placeholders))):
             findings.append(Finding(program.output_node.name, f"continues the inputs {program.aliases}"))
         for output, source in program.aliases.items():
-            written = outputs[output]
-            if not is_irc_op(written.target, "cache_write") or written.args[0] is not placeholders[source]:
+            written, name = outputs[output], str(placeholders[source].target)
+            stored = any(one.stores and name in (one.name, f"{one.name}_scale") for one in cache.caches)
+            if stored and (not is_irc_op(written.target, "cache_write") or written.args[0] is not placeholders[source]):
                 findings.append(Finding(placeholders[source].name, "is not what its output continues"))
         return findings
 
@@ -137,7 +139,9 @@ def _own_write(program: Program, cache: fx.Node) -> fx.Node | str:
     return writes[0]
 
 
-def _quantize(program: Program, cache: fx.Node, write: fx.Node, codec: Codec) -> None:
+def _quantize(
+    program: Program, cache: fx.Node, write: fx.Node, codec: Codec, continues: dict[fx.Node, fx.Node]
+) -> None:
     """Replace one cache: its input's type, its write, what attention reads, and the outputs."""
     _, value, positions = write.args
     assert isinstance(value, fx.Node)
@@ -160,14 +164,21 @@ def _quantize(program: Program, cache: fx.Node, write: fx.Node, codec: Codec) ->
         outputs.extend((written, written_scales) if out is write else (out,))
     program.output_node.args = (tuple(outputs),)
     program.replace(write, restored)
+    continues |= {written: cache, written_scales: scales}
 
 
-def _describe(program: Program, before: KVCache, quantized: dict[str, torch.dtype], codec: Codec) -> None:
+def _describe(
+    program: Program,
+    before: KVCache,
+    quantized: dict[str, torch.dtype],
+    codec: Codec,
+    continues: dict[fx.Node, fx.Node],
+) -> None:
     """Signature, aliases and metadata of the program with its new inputs."""
     placeholders, outputs = program.placeholders, program.outputs
     program.in_spec = pytree.tree_flatten(((0,) * len(placeholders), {}))[1]
     program.out_spec = pytree.tree_flatten((0,) * len(outputs))[1]
-    program.aliases = {i: placeholders.index(out.args[0]) for i, out in enumerate(outputs) if i}
+    program.aliases = {i: placeholders.index(continues[out]) for i, out in enumerate(outputs) if out in continues}
     entries = []
     for node in placeholders[_FIRST_CACHE:]:
         value, name = node.meta[VAL], str(node.target)

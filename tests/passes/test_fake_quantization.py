@@ -46,7 +46,11 @@ def insert(program: Program, **options: object):  # type: ignore[no-untyped-def]
 
 def trained(program: Program, steps: int = 5, rate: float = 1e-2) -> Program:
     module = program.module()
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
+    # Steps of a fixed size would drive small scales below zero.
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    scales = [p for name, p in named if name.endswith("_scale")]
+    others = [p for name, p in named if not name.endswith("_scale")]
+    optimizer = torch.optim.Adam([{"params": others, "lr": rate}, {"params": scales, "lr": rate / 100}])
     for i in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(module(ids(seed=i)).flatten(0, 1), ids(seed=i + 1)[:, 1:].flatten() % 5).backward()
