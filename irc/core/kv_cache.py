@@ -22,12 +22,19 @@ _FIRST_CACHE = 3
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One cache input: [B, heads, max_length, head_dim]."""
+    """One cache input: [B, heads, max_length, head_dim].
+
+    Attributes:
+        head_dim: of what is stored (half the model's, where two 4-bit integers share a byte).
+        stores: format of quantized values (`int8.row`, `f8e4m3.row`), whose scales are the cache `<name>_scale`; None:
+            plain numbers.
+    """
 
     name: str
     heads: int
     head_dim: int
     dtype: torch.dtype
+    stores: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class KVCache:
             return None
         try:
             caches = tuple(
-                CacheTensor(c["name"], int(c["heads"]), int(c["head_dim"]), dtype_from_name(c["dtype"]))
+                CacheTensor(
+                    c["name"], int(c["heads"]), int(c["head_dim"]), dtype_from_name(c["dtype"]), c.get("stores")
+                )
                 for c in entry["caches"]
             )
             return KVCache(int(entry["max_length"]), str(entry["layout"]), caches)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
-from irc.core.ops.registry import find_op
+from irc.core.ops.registry import find_op, is_irc_op
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, count_ops, read_options, register_target
 
@@ -33,6 +34,7 @@ _MODEL_FILE = "model.onnx"
 _EXTERNAL_BYTES = 1_900_000_000
 """Weights beyond this go to a file of their own: an ONNX file cannot exceed 2 GB."""
 _UNSUPPORTED = (torch.complex64, torch.complex128)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,18 @@ def _metadata(session: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _why_not_at_run_time(node: fx.Node) -> str | None:
+    """Why a quantize inside the graph cannot be written, or None."""
+    if not is_irc_op(node.target, "quantize"):
+        return None
+    chosen = formats.parse(str(node.kwargs["format"]))
+    if not isinstance(chosen, formats.QuantFormat):
+        return f"gives {chosen} at run time, for which ONNX Runtime's CPU has no kernels: use 8-bit integers"
+    if chosen.packs_two:
+        return "packs 4-bit numbers at run time, which the exporter writes with mixed types: use 8 bits"
+    return None
+
+
 @register_target
 class OnnxTarget(Target):
     """Lowers to an ONNX file of standard operators."""
@@ -162,8 +176,19 @@ class OnnxTarget(Target):
                 coverage.fallbacks.append(Concern(op, count, "attention in standard operators, all scores in memory"))
             else:
                 coverage.supported[op] = count
+        fakes = sum(is_irc_op(node.target, "fake_quantize") for node in program.operations())
+        if fakes:
+            concern = Concern(
+                "irc.fake_quantize", fakes, "is for training: run convert-fake-quantization before lowering"
+            )
+            coverage.refused.append(concern)
+        refused = Counter(filter(None, map(_why_not_at_run_time, program.operations())))
+        coverage.refused.extend(Concern("irc.quantize", count, reason) for reason, count in refused.items())
         for node in program.graph.nodes:
             value = node.meta.get(VAL)
+            if node.op == "placeholder" and isinstance(value, Tensor) and value.dtype in _FLOAT8:
+                reason = f"ONNX Runtime's CPU kernels move no {dtype_name(value.dtype)} numbers: use an integer cache"
+                coverage.refused.append(Concern(node.name, 1, reason))
             if isinstance(value, Tensor) and value.dtype in _UNSUPPORTED:
                 concern = Concern(node.name, 1, f"ONNX has no {dtype_name(value.dtype)} arithmetic")
                 coverage.refused.append(concern)

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.ops.cache import as_bytes
 from irc.core.ops.registry import find_op, is_irc_op
 from irc.core.program import Program
 
@@ -79,7 +80,8 @@ def _fold_dequantize(program: Program) -> int:
 def write_in_place(cache: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     """`irc::cache_write` into the cache itself."""
     index = positions.unsqueeze(1).unsqueeze(-1).expand(-1, value.shape[1], -1, value.shape[3])
-    return cache.scatter_(2, index, value.to(cache.dtype))
+    as_bytes(cache).scatter_(2, index, as_bytes(value.to(cache.dtype)))
+    return cache
 
 
 def _write_in_place(program: Program) -> list[str]:

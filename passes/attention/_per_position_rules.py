@@ -15,6 +15,7 @@ import sympy
 import torch
 import torch.fx as fx
 
+from irc.core import formats
 from irc.core.program import VAL, is_size
 from irc.passes.attention._per_position import Layout, Refusal, Rule, Token, Walk
 
@@ -281,6 +282,17 @@ def _rope(walk: Walk, node: fx.Node) -> Token | None:
     return token
 
 
+def _quantization(walk: Walk, node: fx.Node) -> Layout:
+    """Quantize and dequantize work along groups of the last dimension; with one stored scale, on each number."""
+    chosen = formats.parse(str(node.kwargs["format"]))
+    if chosen.per_tensor:
+        if _op_name(node) == "irc::dynamic_scale":
+            raise Refusal("computes one scale from all tokens")
+        if chosen.row_multiple == 1:
+            return walk.layout(node.args[0])
+    return _along(lambda node: [-1], "quantizes along")(walk, node)
+
+
 def _last_dims(count: Callable[[fx.Node], int], verb: str) -> Rule:
     return _along(lambda node: [-i - 1 for i in range(count(node))], verb)
 
@@ -342,6 +354,7 @@ _RULES: dict[str, Rule] = {
     "irc::rms_norm": _last_dims(lambda node: 1, "normalises over"),
     "irc::glu": _pointwise,
     "irc::rope": _rope,
+    **{f"irc::{n}": _quantization for n in ("quantize", "dequantize", "dynamic_scale", "fake_quantize")},
     "irc::attention": _attention,
     "irc::flash_attention": _attention,
 }  # fmt: skip

@@ -152,6 +152,21 @@ EXAMPLES: dict[str, list[Example]] = {
             for text in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
         ),
     ],
+    "dynamic_scale": [
+        Example((rand(3, 5, 8),), {"format": "int8.row"}, flops=240),
+        Example((rand(3, 8),), {"format": "int4.g4"}),
+        Example((rand(3, 5, 8),), {"format": "int8.tensor"}),
+        Example((rand(3, 8),), {"format": "f8e4m3.row"}),
+        Example((rand(3, 5, 8, dtype=torch.bfloat16),), {"format": "int8.row"}, differentiable=False),
+    ],
+    "fake_quantize": [  # its gradients are not those of its value: tested by formula
+        Example((rand(3, 8), torch.full((3, 2), 0.2), None), {"format": "int4.g4"}, flops=120, differentiable=False),
+        Example(
+            (rand(3, 5, 8, dtype=torch.float16), torch.full((1, 1, 1), 0.01), torch.ones(1, 1, 1, dtype=torch.uint8)),
+            {"format": "uint8.tensor.asym", "learned": True},
+            differentiable=False,
+        ),
+    ],
     "dequantize": [
         Example(stored("int4.g4", 3, 8), {"format": "int4.g4"}, flops=48),
         Example(stored("uint3.tensor.asym", 3, 8), {"format": "uint3.tensor.asym"}, flops=48),
@@ -406,6 +421,82 @@ def test_missing_parts_of_a_format_are_named(op: str, text: str, given: dict[str
         with pytest.raises(OptionError) as caught:
             function(torch.zeros(1, 64), **parts, format=text)
         assert str(caught.value) == reason
+
+
+def test_dynamic_scale_formula() -> None:
+    x = rand(3, 5, 8)
+    x[1, 2] = 0
+    scale = torch.ops.irc.dynamic_scale(x, format="int8.row")
+    expected = x.abs().amax(-1, keepdim=True) / 127
+    expected[1, 2] = 1
+    assert torch.equal(scale, expected)
+    grouped = torch.ops.irc.dynamic_scale(x.bfloat16(), format="int4.g4")
+    assert grouped.dtype == torch.float32
+    assert torch.equal(grouped[0], x[0].bfloat16().float().view(5, 2, 4).abs().amax(-1) / 7 + 0.0)
+    assert float(torch.ops.irc.dynamic_scale(x, format="int8.tensor")) == float(x.abs().max() / 127)
+
+
+def test_dynamic_scale_lets_nan_through() -> None:
+    x = rand(2, 8)
+    x[0, 3] = torch.nan
+    scale = torch.ops.irc.dynamic_scale(x, format="int8.row")
+    stored = torch.ops.irc.quantize(x, scale, None, format="int8.row")
+    back = torch.ops.irc.dequantize(stored, scale, None, format="int8.row")
+    assert bool(back[0].isnan().all())
+    assert bool(back[1].isfinite().all())
+
+
+@pytest.mark.parametrize("text", ["uint8.row.asym", "mxfp4", "q8_0"])
+def test_dynamic_scale_needs_a_format_with_one_float_scale(text: str) -> None:
+    with pytest.raises(OptionError, match=rf"needs a symmetric format with a float scale, not {text}"):
+        torch.ops.irc.dynamic_scale(rand(2, 32), format=text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["row", "tensor", "g4", "row.asym", "tensor.asym"])
+def test_fake_quantize_is_quantize_then_dequantize(kind: str, bits: int, dtype: torch.dtype) -> None:
+    """Bit for bit, far outside the range and at half steps too."""
+    form = formats.parse(f"{'u' if 'asym' in kind else ''}int{bits}.{kind}")
+    x = (rand(6, 8, dtype=torch.float64) * torch.logspace(-3, 6, 6).unsqueeze(1)).to(dtype)
+    scale = rand(*form.scale_shape((6, 8))).abs() + 0.1
+    scale = scale.double() if dtype == torch.float64 else scale
+    x[0] = ((torch.arange(8) - 3.5) * scale[0, 0]).to(dtype)
+    zero = None if form.symmetric else torch.full_like(scale, form.high // 3, dtype=torch.uint8)
+    stored = form.quantize(x, scale, zero)
+    expected = torch.ops.irc.dequantize(stored, scale, zero, format=str(form), dtype=dtype)
+    for learned in (False, True):
+        made = torch.ops.irc.fake_quantize(x, scale, zero, format=str(form), learned=learned)
+        assert made.dtype == dtype
+        assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_fake_quantize_gradients(learned: bool) -> None:
+    """Straight through within the range, nothing outside; the step's gradient as in LSQ, equation 3."""
+    values = [-3.0, -0.26, 0.0, 0.24, 0.6, 9.0, 0.1, -0.4]
+    x = torch.tensor([values], requires_grad=True)
+    scale, upstream = torch.tensor([[0.2]], requires_grad=True), torch.arange(1.0, 9.0).view(1, 8)
+    made = torch.ops.irc.fake_quantize(x, scale, None, format="int3.row", learned=learned)
+    made.backward(upstream)
+    inside = [abs(v / 0.2) <= 3 for v in values]
+    assert x.grad is not None
+    assert torch.equal(x.grad, upstream * torch.tensor([inside]).float())
+    if not learned:
+        assert scale.grad is None
+        return
+    slopes = [round(v / 0.2) - v / 0.2 if i else math.copysign(3, v) for v, i in zip(values, inside, strict=True)]
+    expected = (torch.tensor([slopes]) * upstream).sum() / math.sqrt(8 * 3)
+    torch.testing.assert_close(scale.grad, expected.view(1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_cache_write_moves_float8(dtype: torch.dtype) -> None:
+    cache, value, positions = EXAMPLES["cache_write"][0].args
+    made = torch.ops.irc.cache_write(cache.to(dtype), value, positions)
+    assert torch.equal(
+        made.float(), torch.ops.irc.cache_write(cache.to(dtype).float(), value.to(dtype).float(), positions)
+    )
 
 
 # -------------------------------------------------------------------- attention

@@ -218,6 +218,51 @@ def pieces(*, canonical: bool) -> Callable[[], Program]:
     return build
 
 
+def after(name: str, *passes: Pass) -> Callable[[], Program]:
+    def build() -> Program:
+        program = zoo.captured(name)
+        data = irc.CalibrationData((tuple(program.example_inputs or ()),))
+        context = irc.PassContext(options={"calibration": data})
+        return irc.PassManager(list(passes), verify="off", ctx=context).run(program).program
+
+    return build
+
+
+W8 = irc.passes.QuantizeWeights(bits=8, group_size=None)
+
+
+def rescale(program: Program, new: list[fx.Node]) -> fx.Node:
+    """A calibrated scale that is far too small in both, so that nearly everything is clipped."""
+    restored = op(new, "dequantize")
+    scale = restored.args[1]
+    assert isinstance(scale, fx.Node)
+    scale.target = program.add_weight("wrong", program.weight(scale) / 8)
+    return restored
+
+
+def scale_of_another(program: Program, new: list[fx.Node]) -> fx.Node:
+    """Numbers quantized with the scale of another token."""
+    scale = op(new, "dynamic_scale")
+    source = scale.args[0]
+    assert isinstance(source, fx.Node)
+    rolled = program.insert(aten.roll.default, source, [1], [1], before=scale)
+    scale.replace_input_with(source, rolled)
+    return next(n for n in new if is_irc_op(n.target, "quantize") and n.args[1] is scale)
+
+
+def scales_written_elsewhere(program: Program, new: list[fx.Node]) -> fx.Node:
+    """The scales of keys go where those of the token before belong."""
+    restored = op(new, "dequantize")
+    write = restored.args[1]
+    assert isinstance(write, fx.Node)
+    positions = write.args[2]
+    assert isinstance(positions, fx.Node)
+    shifted = program.insert(aten.sub.Tensor, positions, 1, before=write)
+    wrong = program.insert(aten.clamp_min.default, shifted, 0, before=write)
+    write.replace_input_with(positions, wrong)
+    return wrong
+
+
 CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
     "drop-noise": (raw("tinypy"), {}, bypass("silu")),
     "raise-linear": (
@@ -316,6 +361,19 @@ CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
         of_zoo("llama"),
         {"bits": 4, "group_size": 16, "symmetric": False},
         spoil_weight("dequantize", 2, lambda z: z + 1),
+    ),
+    "quantize-activations: scale": (after("llama", W8), {}, rescale),
+    "quantize-activations: another token's scale": (after("llama", W8), {"mode": "dynamic"}, scale_of_another),
+    "quantize-kv-cache": (after("llama", irc.passes.InsertKVCache(max_length=32)), {}, scales_written_elsewhere),
+    "insert-fake-quantization": (
+        of_zoo("llama"),
+        {"bits": 8},
+        spoil_weight("fake_quantize", 1, lambda s: s.detach() / 4),
+    ),
+    "convert-fake-quantization": (
+        after("llama", irc.passes.InsertFakeQuantization(bits=8)),
+        {},
+        spoil_weight("dequantize", 0, lambda q: q.roll(1, 0)),
     ),
 }
 

@@ -29,7 +29,13 @@ def cache_write(cache: Tensor, value: Tensor, positions: Tensor) -> Tensor:
     Shapes: cache [B, Hkv, L, D]; value [B, Hkv, S, D]; positions i64[B, S], each in [0, L).
     """
     index = positions.unsqueeze(1).unsqueeze(-1).expand(-1, value.shape[1], -1, value.shape[3])
-    return cache.scatter(2, index, value.to(cache.dtype))
+    written = as_bytes(cache).scatter(2, index, as_bytes(value.to(cache.dtype)))
+    return written if written.dtype == cache.dtype else written.view(cache.dtype)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """A tensor of an 8-bit float type as bytes, any other as it is: PyTorch scatters no 8-bit floats."""
+    return x.view(torch.uint8) if x.is_floating_point() and x.dtype.itemsize == 1 else x
 
 
 @define_op(

@@ -1,0 +1,123 @@
+"""The activations of a graph that an integer kernel would read, found by the operations that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from irc.core.contract import Skip
+from irc.core.ops.registry import is_irc_op
+from irc.core.program import VAL, Program
+from irc.core.provenance import module_path
+from irc.passes.fuse._layers import CONVOLUTIONS, arguments
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset(
+    {
+        aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default,
+        aten.einsum.default, aten.mv.default, aten._grouped_mm.default,
+    }
+)  # fmt: skip
+_VIEWS = frozenset({aten.view.default, aten.reshape.default})
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One operand of a layer: `linear`, `convolution` or `attention`, and which of its arguments."""
+
+    node: fx.Node
+    argument: str
+    kind: str
+
+    @property
+    def where(self) -> str:
+        """For people: `query of layers.0.attn (attention)`."""
+        path = module_path(self.node)
+        return f"{self.argument} of {f'{path} ({self.node.name})' if path else self.node.name}"
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A value that layers read, and which of its uses are theirs."""
+
+    value: fx.Node
+    readers: tuple[Reader, ...]
+
+    @property
+    def kinds(self) -> set[str]:
+        return {reader.kind for reader in self.readers}
+
+    @property
+    def where(self) -> str:
+        return self.readers[0].where
+
+
+def find_activation_sites(program: Program, *, attention: bool, float_weights: bool) -> Iterator[ActivationSite | Skip]:
+    """Each value that layers multiply, with all layers that do, in graph order; or why an operation is left alone.
+
+    What is dequantized already is no site. `float_weights`: also layers whose weight is not quantized.
+    """
+    readers: dict[fx.Node, list[Reader]] = {}
+    for node in program.graph.nodes:
+        reason = _why_not(node, attention=attention, float_weights=float_weights)
+        if reason is not None:
+            yield Skip.at(node, reason)
+            continue
+        for reader in _operands(node):
+            value = arguments(node)[reader.argument]
+            if isinstance(value, fx.Node) and _is_activation(value):
+                readers.setdefault(value, []).append(reader)
+    for value, found in readers.items():
+        yield ActivationSite(value, tuple(found))
+
+
+def is_quantized_weight(node: object) -> bool:
+    """Whether a layer's weight comes from stored integers, or is trained as if it did."""
+    while isinstance(node, fx.Node) and node.target in _VIEWS:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and (
+        is_irc_op(node.target, "dequantize") or is_irc_op(node.target, "fake_quantize")
+    )
+
+
+def _operands(node: fx.Node) -> list[Reader]:
+    if _is_linear(node) or _is_convolution(node):
+        first = "x" if is_irc_op(node.target) else "input"
+        return [Reader(node, first, "linear" if _is_linear(node) else "convolution")]
+    if _is_attention(node):
+        return [Reader(node, name, "attention") for name in ("query", "key", "value")]
+    return []
+
+
+def _why_not(node: fx.Node, *, attention: bool, float_weights: bool) -> str | None:
+    if node.target in _PRODUCTS:
+        return f"{node.target} is no linear layer, convolution or attention: its operands stay as they are"
+    if _is_attention(node):
+        return None if attention else "is attention (include_attention=True takes its query, key and value)"
+    is_layer = _is_linear(node) or _is_convolution(node)
+    if is_layer and not float_weights and not is_quantized_weight(arguments(node)["weight"]):
+        return "its weight is not quantized: quantize weights first, or set float_weights=True"
+    return None
+
+
+def _is_activation(value: fx.Node) -> bool:
+    fake = value.meta.get(VAL)
+    quantized = is_irc_op(value.target, "dequantize") or is_irc_op(value.target, "fake_quantize")
+    return isinstance(fake, Tensor) and fake.is_floating_point() and value.op != "get_attr" and not quantized
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.target is aten.linear.default or is_irc_op(node.target, "linear_activation")
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    return node.target in CONVOLUTIONS or is_irc_op(node.target, "conv_activation")
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return is_irc_op(node.target, "attention") or is_irc_op(node.target, "flash_attention")

@@ -1,0 +1,206 @@
+"""Activation quantization: what is rewritten, what is left and why, calibration errors by layer, numbers."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import irc
+from irc.core.contract import PassContext
+from irc.core.errors import OptionError, PassError, VerificationError
+from irc.core.ops import is_irc_op
+from irc.core.pipeline import parse_pipeline, print_pipeline
+from irc.core.program import Program
+from irc.core.target import get_target
+from irc.frontend import capture
+from irc.passes import InsertKVCache, QuantizeActivations, QuantizeWeights
+from tests import zoo
+
+INT8 = QuantizeWeights(bits=8, group_size=None, include_convolutions=True)
+
+
+class Mixed(nn.Module):
+    """A convolution, two layers over one value, and a product of two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.a, self.b = nn.Conv1d(4, 8, 3, padding=1), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.conv(x)).transpose(1, 2)
+        return self.a(h) @ torch.sigmoid(self.b(h)).transpose(1, 2)
+
+
+class Logarithm(nn.Module):
+    """NaN between the first layer and the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(torch.log(self.first(x))))
+
+
+def images(batch: int = 3, length: int = 7, *, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 4, length, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Program:
+    program = capture(Mixed().eval(), (images(),), dynamic=({0: "B", 2: "S"},))
+    return irc.PassManager([INT8]).run(program).program
+
+
+def run(one: QuantizeActivations, program: Program, data: object = None):  # type: ignore[no-untyped-def]
+    options = {} if data is None else {"calibration": data}
+    return irc.PassManager([one], ctx=PassContext(options=options)).run(program)
+
+
+def row_of(result):  # type: ignore[no-untyped-def]
+    return result.report.rows[-1]
+
+
+def text_of(program: Program, name: str) -> list[str]:
+    return [str(n.kwargs["format"]) for n in program.graph.nodes if is_irc_op(n.target, name)]
+
+
+def test_static_rewrite(mixed: Program) -> None:
+    result = run(QuantizeActivations(), mixed, images(16))
+    program, row = result.program, row_of(result)
+    assert row.matches == 2
+    assert row.statistics == {"convolution_operands": 1, "linear_operands": 2, "values": 2}
+    assert text_of(program, "quantize") == ["uint8.tensor.asym"] * 2
+    assert [s.reason for s in row.skips] == [
+        "aten.matmul.default is no linear layer, convolution or attention: its operands stay as they are"
+    ]
+    quantized = [n for n in program.graph.nodes if is_irc_op(n.target, "quantize")]
+    for node in quantized:
+        (restored,) = node.users
+        assert restored.args[1:] == node.args[1:]
+    assert [len(next(iter(n.users)).users) for n in quantized] == [1, 2]
+    again = row_of(run(QuantizeActivations(), program, images(16)))
+    assert (again.matches, again.modified) == (0, False)
+    assert irc.parse(str(program), weights=program.weights).run(images())[0].equal(program.run(images())[0])
+
+
+def test_dynamic_rewrite(mixed: Program) -> None:
+    result = run(QuantizeActivations(mode="dynamic"), mixed)
+    row = row_of(result)
+    assert row.statistics == {"linear_operands": 2, "values": 1}
+    assert text_of(result.program, "dynamic_scale") == text_of(result.program, "quantize") == ["int8.row"]
+    assert "the input of a convolution has no tokens to scale one by one: use mode='static'" in {
+        s.reason for s in row.skips
+    }
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (5, 4)])
+def test_numbers_at_other_sizes(mixed: Program, mode: str, shape: tuple[int, int]) -> None:
+    program = run(QuantizeActivations(mode=mode), mixed, images(64)).program  # type: ignore[arg-type]
+    x = images(*shape, seed=3)
+    before, after = mixed.run(x)[0], program.run(x)[0]
+    assert float((before - after).abs().max()) <= 0.05 * float(before.abs().max())
+    assert not torch.equal(before, after)
+
+
+def test_layers_are_calibrated_on_what_quantized_layers_give(mixed: Program) -> None:
+    """The second scale is that of the first quantizer's output, not of the full-precision run."""
+    data = images(32)
+    program = run(QuantizeActivations(bits=3, observer="min-max", symmetric=True), mixed, data).program
+    first, second = (n for n in program.graph.nodes if is_irc_op(n.target, "quantize"))
+    seen: dict[str, Tensor] = {}
+    from irc.core.evaluate import evaluate
+
+    with torch.no_grad():
+        evaluate(program.graph, program.weight, (data,), lambda node, value: seen.setdefault(node.name, value))
+    assert float(program.weight(first.args[1])) == float(data.abs().max() / 3)
+    assert float(program.weight(second.args[1])) == float(seen[second.args[0].name].abs().max() / 3)
+    plain = mixed.node(second.args[0].name)
+    with torch.no_grad():
+        evaluate(mixed.graph, mixed.weight, (data,), lambda node, value: seen.__setitem__(f"old {node.name}", value))
+    assert float(seen[f"old {plain.name}"].abs().max() / 3) != float(program.weight(second.args[1]))
+
+
+def test_attention_operands(mixed: Program) -> None:
+    program = irc.PassManager([INT8]).run(zoo.captured("llama")).program
+    data = irc.CalibrationData((program.example_inputs,))
+    assert row_of(run(QuantizeActivations(), program, data)).statistics["attention_operands"] == 6
+    without = row_of(run(QuantizeActivations(include_attention=False), program, data))
+    assert "attention_operands" not in without.statistics
+    assert sum("include_attention=True" in s.reason for s in without.skips) == 2
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_cache_can_be_inserted_afterwards(mode: str) -> None:
+    program = zoo.captured("llama")
+    data = irc.CalibrationData((program.example_inputs,))
+    passes = [INT8, QuantizeActivations(mode=mode), InsertKVCache(max_length=32)]  # type: ignore[arg-type]
+    result = irc.PassManager(passes, ctx=PassContext(options={"calibration": data})).run(program)
+    assert result.report.rows[-1].relative_error < 1e-4
+
+
+def test_layers_with_float_weights_are_left(mixed: Program) -> None:
+    plain = capture(Mixed().eval(), (images(),))
+    row = row_of(run(QuantizeActivations(), plain, images(8)))
+    assert row.matches == 0
+    assert sum("its weight is not quantized: quantize weights first" in s.reason for s in row.skips) == 3
+    assert row_of(run(QuantizeActivations(float_weights=True), plain, images(8))).matches == 2
+
+
+def test_odd_rows_cannot_be_packed(mixed: Program) -> None:
+    static = capture(Mixed().eval(), (images(length=7),))
+    row = row_of(run(QuantizeActivations(bits=4, float_weights=True), static, images(8)))
+    assert any("4-bit numbers are stored in pairs, and the last size of x is 7" in s.reason for s in row.skips)
+
+
+def test_half_types_come_back_as_they_were() -> None:
+    program = capture(Mixed().eval().bfloat16(), (images().bfloat16(),))
+    program = run(QuantizeActivations(float_weights=True), program, images(8).bfloat16()).program
+    assert program.run(images().bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_calibration_errors_name_the_layer(mixed: Program) -> None:
+    with pytest.raises(PassError, match="pass 'quantize-activations' needs calibration data"):
+        run(QuantizeActivations(), mixed)
+    with pytest.raises(PassError, match=r"calibrating input of conv \(conv1d\): all values that were seen are zero"):
+        run(QuantizeActivations(), mixed, torch.zeros(4, 4, 7))
+    program = irc.PassManager([INT8]).run(capture(Logarithm().eval(), (images(),))).program
+    with pytest.raises(PassError, match=r"calibrating input of second \(linear_1\): \d+ of 112 numbers are not finite"):
+        run(QuantizeActivations(), program, images(4))
+
+
+def test_data_unlike_the_example_are_an_error(mixed: Program) -> None:
+    with pytest.raises(VerificationError, match="the calibration data are not like them, or the scale is wrong"):
+        run(QuantizeActivations(), mixed, images(8) / 50)
+
+
+def test_progress_counts_the_layers(mixed: Program) -> None:
+    seen: list[tuple[str, int, int]] = []
+    context = PassContext(options={"calibration": images(8)}, progress=lambda *what: seen.append(what))
+    irc.PassManager([QuantizeActivations()], ctx=context).run(mixed)
+    assert seen == [("calibrating activations", i, 2) for i in range(3)]
+
+
+def test_options() -> None:
+    with pytest.raises(OptionError) as caught:
+        QuantizeActivations(mode="sometimes", bits=9, observer="max", percentile=3)  # type: ignore[arg-type]
+    for part in ("not 'sometimes'", "bits must be 2 to 8, not 9", "not 'max'", "at most 100, not 3"):
+        assert part in str(caught.value)
+    with pytest.raises(OptionError, match="dynamic scales are symmetric"):
+        QuantizeActivations(mode="dynamic", symmetric=False)
+    one = QuantizeActivations(bits=6, symmetric=True, observer="percentile", percentile=99.5, include_attention=False)
+    assert parse_pipeline(print_pipeline([one])) == [one]
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_onnx_gives_the_same_numbers(mixed: Program, mode: str) -> None:
+    program = run(QuantizeActivations(mode=mode), mixed, images(16)).program  # type: ignore[arg-type]
+    artifact = get_target("onnx").lower(program)
+    assert artifact.verify(program).passed
+    kinds = {n.op_type for n in onnx.load(artifact.path).graph.node}  # type: ignore[attr-defined]
+    assert "DequantizeLinear" in kinds
