@@ -24,6 +24,7 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_group
+from irc.passes.quantize._rules import idle_rules, parse_rules, rule_for, rule_problems
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
 aten = torch.ops.aten
@@ -51,6 +52,8 @@ class QuantizeWeights(Pass):
         indivisible: what to do with a row that the group size does not divide: `error` (before any work),
             `row` (one scale for that layer's whole rows) or `skip`.
         scale_dtype: type of the scales, `f32` or `f16`.
+        rules: formats of single layers, `PATTERN=FORMAT` or `PATTERN=none`; the first that matches decides, and the
+            options above are for the layers that none matches.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -61,9 +64,11 @@ class QuantizeWeights(Pass):
     include_convolutions: bool = False
     indivisible: Literal["error", "row", "skip"] = "error"
     scale_dtype: Literal["f32", "f16"] = "f32"
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = []
+        object.__setattr__(self, "rules", (self.rules,) if isinstance(self.rules, str) else tuple(self.rules))
+        problems = rule_problems(self.rules)
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             problems.append(f"bits must be 2 to 8, not {self.bits!r}")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
@@ -80,18 +85,21 @@ class QuantizeWeights(Pass):
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
-        coarse = self.group_size is None or self.group_size > 128
-        rtol, max_kl = _LIMITS[max(2, self.bits - 1) if coarse else self.bits]
+        chosen = [self._format, *(rule.format for rule in parse_rules(self.rules) if rule.format is not None)]
+        levels = [max(2, c.bits - 1) if c.group_size is None or c.group_size > 128 else c.bits for c in chosen]
+        rtol, max_kl = _LIMITS[min(levels)]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
     def requires(self, program: Program) -> list[str]:
-        """One problem for every layer whose rows the group size does not divide."""
+        """One problem for every layer whose rows the group size does not divide, and for every rule without a layer."""
+        layers = [layer for layer in self._find(program) if isinstance(layer, WeightLayer)]
+        problems = idle_rules(parse_rules(self.rules), layers)
         if self.indivisible != "error":
-            return []
-        problems = []
-        for layer in self._find(program):
-            reason = None if isinstance(layer, Skip) else _why_indivisible(self._format, layer.width)
-            if isinstance(layer, WeightLayer) and reason is not None:
+            return problems
+        for layer in layers:
+            wanted = self._wanted(layer)
+            reason = None if wanted is None else _why_indivisible(wanted, layer.width)
+            if reason is not None:
                 where = module_path(layer.users[0])
                 problems.append(
                     f"{layer.name}{f' ({where})' if where else ''}: {reason};"
@@ -122,10 +130,12 @@ class QuantizeWeights(Pass):
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
         """No weight moved by more than half a step, the step being that of the original's own group."""
         originals = {node.name: node for node in before.graph.nodes}
+        layers = [layer for layer in self._find(before) if isinstance(layer, WeightLayer)]
+        bits = {layer.weight: wanted.bits for layer in layers if (wanted := self._wanted(layer)) is not None}
         findings = []
         for node in result.program.graph.nodes:
             if node.name not in originals and is_irc_op(node.target, "dequantize"):
-                problem = _check(before, originals, result.program, node, self.bits)
+                problem = _check(before, originals, result.program, node, bits)
                 if problem is not None:
                     findings.append(Finding(node.name, problem))
         return findings
@@ -137,11 +147,20 @@ class QuantizeWeights(Pass):
     def _find(self, program: Program) -> Iterator[WeightLayer | Skip]:
         return find_weight_layers(program, embeddings=self.include_embeddings, convolutions=self.include_convolutions)
 
+    def _wanted(self, layer: WeightLayer) -> QuantFormat | None:
+        """The format that the options ask for; None where a rule leaves the layer alone."""
+        rule = rule_for(parse_rules(self.rules), layer)
+        return self._format if rule is None else rule.format
+
     def _format_for(self, program: Program, layer: WeightLayer) -> QuantFormat | Skip:
         """The format of a layer's weight, or why it cannot have one."""
-        candidates = [self._format]
+        wanted = self._wanted(layer)
+        if wanted is None:
+            rule = rule_for(parse_rules(self.rules), layer)
+            return Skip.at(layer.users[0], f"weight {layer.name}: rule '{rule}' leaves it alone")
+        candidates = [wanted]
         if self.indivisible == "row":
-            candidates.append(replace(self._format, group_size=None))
+            candidates.append(replace(wanted, group_size=None))
         reasons = [_why_indivisible(candidate, layer.width) for candidate in candidates]
         fitting = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
         problem = _why_unfit(program.weight(layer.weight)) if fitting else reasons[-1]
@@ -190,7 +209,9 @@ def _quantize(program: Program, layer: WeightLayer, chosen: QuantFormat, scale_d
     return sum(t.numel() * t.element_size() for t in (stored, scale, zero_point) if t is not None)
 
 
-def _check(before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, bits: int) -> str | None:
+def _check(
+    before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, bits: dict[fx.Node, int]
+) -> str | None:
     """What is wrong with a new dequantized weight, judged by the weight it stands for; None if nothing is."""
     reshaped = [user for user in node.users if user.target is aten.view.default]
     old = originals.get(origin_of(node) or (origin_of(reshaped[0]) if reshaped else None) or "")
@@ -202,8 +223,8 @@ def _check(before: Program, originals: dict[str, fx.Node], after: Program, node:
     fake = node.meta[VAL]
     if tuple(fake.shape) != tuple(rows.shape) or fake.dtype != original.dtype:
         return f"is {describe(fake)}, but {old.target} has rows {describe(rows)}"
-    if chosen.bits != bits:
-        return f"has {chosen.bits} bits, not {bits}"
+    if chosen.bits != bits.get(old):
+        return f"has {chosen.bits} bits, not {bits.get(old)}"
     stored, scale, zero_point = (
         after.weight(part) if isinstance(part, fx.Node) else None
         for part in node.args  # type: ignore[arg-type]
