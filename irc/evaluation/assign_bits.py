@@ -108,7 +108,7 @@ def assign_bits(sensitivity: Sensitivity, *, average_bits: float) -> Assignment:
     layers = sensitivity.layers
     total = sum(layer.num_weights for layer in layers)
     smallest = sum(min(layer.bits.values()) * layer.num_weights for layer in layers) / total
-    if not average_bits >= smallest - 1e-9:
+    if not (average_bits >= smallest - 1e-9 and math.isfinite(average_bits)):
         raise OptionError(
             f"an average of {average_bits:g} bits a weight cannot be met: the smallest formats tried take"
             f" {smallest:.3f}, scales included"
@@ -116,15 +116,16 @@ def assign_bits(sensitivity: Sensitivity, *, average_bits: float) -> Assignment:
     options = [_options(layer) for layer in layers]
     # Beyond each layer's smallest: so that rounding up to a coarser unit cannot make the budget too small.
     extra = [[size - one[0][1] for _, size, _ in one] for one in options]
-    budget = math.floor(average_bits * total + 1e-6) - sum(one[0][1] for one in options)
-    budget = max(0, min(budget, sum(max(one) for one in extra)))
+    budget = max(0, math.floor(average_bits * total + 1e-6) - sum(one[0][1] for one in options))
     unit = math.gcd(*(size for one in extra for size in one)) or 1
-    if budget // unit > _MAX_UNITS:
-        unit = -(-budget // _MAX_UNITS)
+    length = min(budget, sum(max(one) for one in extra))
+    if length // unit > _MAX_UNITS:
+        unit = -(-length // _MAX_UNITS)
+    units = [[-(-size // unit) for size in one] for one in extra]
     picks = _solve(
-        [[-(-size // unit) for size in one] for one in extra],
+        units,
         [[damage for _, _, damage in one] for one in options],
-        budget // unit,
+        min(budget // unit, sum(max(one) for one in units)),
     )
     return _assignment(sensitivity, [one[pick][0] for one, pick in zip(options, picks, strict=True)])
 
