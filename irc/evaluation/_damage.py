@@ -149,16 +149,16 @@ class SecondOrder(OutputErrors):
     def _fisher_information(self, index: int, batch: Sequence[Any]) -> tuple[dict[fx.Node, Tensor], int]:
         """Mean squared gradient of the summed log-likelihood by output channel, and the number of predictions."""
         users = {user for one in self.candidates for user in one.layer.users}
+        measured = {one.layer.weight for one in self.candidates}
         found: dict[fx.Node, Tensor] = {}
         leaves: dict[str, Tensor] = {}
 
         def weight(node: fx.Node) -> Tensor:
-            # A gradient has to reach every layer's output, also that of the first.
-            value = self.program.weight(node)
-            name = str(node.target)
-            if name not in leaves:
-                leaves[name] = value.detach().requires_grad_(value.is_floating_point())
-            return leaves[name]
+            # Through its own weight a gradient reaches every layer's output; other weights need none.
+            value = self.program.weight(node).detach()
+            if node in measured:
+                value = leaves[node.name] = value.requires_grad_(True)
+            return value
 
         def watch(node: fx.Node, value: Any) -> None:
             if node in users:
@@ -176,7 +176,7 @@ class SecondOrder(OutputErrors):
             labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             # For the hooks; the weights' own gradients are thrown away.
             total = log_p.gather(-1, labels).sum()
-            torch.autograd.grad(total, [leaf for leaf in leaves.values() if leaf.requires_grad], allow_unused=True)
+            torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         missing = [user for user in users if user not in found]
         for user in missing:  # the output does not depend on it
             channels = user.meta["val"].shape[_channel_axis(user)]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from irc.core.errors import OptionError
 from irc.evaluation.metrics import METRICS
-from irc.evaluation.results import Comparison, Evaluation
+from irc.evaluation.results import Comparison
 
 FORMATS = ("svg", "png", "pdf")
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in typographic points."""
+_FONT = 8.5
+_FAR = 1.8
 _INK, _POINT, _REFERENCE = "#33373d", "#2f6fb3", "#c0562f"
 _LABELS = {
     "perplexity": "perplexity (lower is better)", "accuracy": "accuracy", "kl": "KL divergence, nats",
@@ -40,22 +46,37 @@ def plot(comparison: Comparison, path: str | Path, *, metric: str | None = None,
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for one, size in points:
+    base = next(((one, size) for one, size in points if one.name == reference), None)
+    others = [(one, size) for one, size in points if one.name != reference]
+    # A reference of several times the size would push all variants into a corner: its line says enough.
+    far = base is not None and bool(others) and base[1] > _FAR * max(size for _, size in others)
+    shown = others if far else points
+    for one, size in shown:
         color = _REFERENCE if one.name == reference else _POINT
-        axes.plot(size, one.metrics[chosen], "o", color=color, markersize=7, zorder=3)
-    base = next((one for one, _ in points if one.name == reference), None)
+        axes.plot(size, one.metrics[chosen], "o", color=color, markersize=6, zorder=3)
+    axes.margins(x=0.3, y=0.12)
     if base is not None:
-        axes.axhline(base.metrics[chosen], color=_REFERENCE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    _label_points(axes, points, chosen)
+        axes.plot(shown[0][1], base[0].metrics[chosen], alpha=0)  # so that the line is well inside the frame
+        axes.axhline(base[0].metrics[chosen], color=_REFERENCE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlabel("weights, MB (as the formats need, scales included)", color=_INK)
     axes.set_ylabel(_LABELS.get(chosen, METRICS[chosen].title if chosen in METRICS else chosen), color=_INK)
     axes.set_title(comparison.results[0].data, color=_INK, fontsize=10, loc="left")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.14, y=0.12)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.grid(color="#e3e5e8", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
+    taken: list[Box] = []
+    if base is not None and far:
+        label = f"{base[0].name}, {base[1]:.1f} MB"
+        height = base[0].metrics[chosen]
+        axes.annotate(
+            label, (0.99, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+            ha="right", fontsize=_FONT, color=_REFERENCE,
+        )  # fmt: skip
+        y = _points(axes, 0.0, height)[1]
+        right = axes.get_window_extent().x1 * 72 / figure.dpi
+        taken.append((right - _width(label), y, right, y + 14))
+    _label_points(axes, [(one.name, size, one.metrics[chosen]) for one, size in shown], taken)
     aside = target.with_name(f".{target.name}.part")
     try:
         figure.savefig(aside, format=target.suffix[1:].lower(), dpi=160)
@@ -72,24 +93,44 @@ def check_plot_path(path: Path) -> None:
         OptionError: another kind of file, or no such folder.
     """
     if path.suffix[1:].lower() not in FORMATS:
-        raise OptionError(f"pictures are .{', .'.join(FORMATS)}, not {path.suffix or path.name!r}")
+        raise OptionError(f"pictures are .{', .'.join(FORMATS)}, not {path.suffix or path.name}")
     if not path.parent.is_dir():
         raise OptionError(f"{path.parent} is no folder to put {path.name} in")
 
 
-def _label_points(axes: object, points: list[tuple[Evaluation, float]], metric: str) -> None:
-    """Names beside the points; a point close above another has its name above, else to the right."""
-    values = [one.metrics[metric] for one, _ in points]
-    sizes = [size for _, size in points]
-    height = (max(values) - min(values)) or 1.0
-    width = max(sizes) or 1.0
-    for index, (one, size) in enumerate(points):
-        value = values[index]
-        crowded = any(
-            other != index and abs(values[other] - value) < 0.06 * height and 0 <= sizes[other] - size < 0.3 * width
-            for other in range(len(points))
-        )
-        offset, place = ((0, 9), "center") if crowded else ((8, 4), "left")
-        axes.annotate(  # type: ignore[attr-defined]
-            one.name, (size, value), xytext=offset, textcoords="offset points", ha=place, fontsize=8.5, color=_INK
-        )
+def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], taken: list[Box]) -> None:
+    """Names beside the points, each at the nearest place that is free; a line leads to what had to go further."""
+    axes.figure.draw_without_rendering()  # settles limits and layout
+    frame = axes.get_window_extent()
+    scale = 72 / axes.figure.dpi
+    left, right = frame.x0 * scale, frame.x1 * scale
+    places = {name: _points(axes, x, y) for name, x, y in points}
+    taken = [*taken, *((x - 4, y - 4, x + 4, y + 4) for x, y in places.values())]
+    for name, x, y in sorted(points, key=lambda point: -point[2]):
+        px, py = places[name]
+        width = _width(name)
+        offsets = [(side, dy) for dy in (0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55) for side in (8, -8 - width)]
+        boxes = [(dx, dy, (px + dx, py + dy - 5, px + dx + width, py + dy + 6)) for dx, dy in offsets]
+        free = [one for one in boxes if left <= one[2][0] and one[2][2] <= right and not _overlaps(one[2], taken)]
+        dx, dy, box = (free or boxes)[0]
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": "#9aa0a8", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if dy else None
+        axes.annotate(
+            name, (x, y), xytext=(dx if dx > 0 else -8, dy), textcoords="offset points", ha="left" if dx > 0 else "right",
+            va="center", fontsize=_FONT,
+            color=_INK, arrowprops=line,
+        )  # fmt: skip
+
+
+def _points(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Data coordinates → typographic points on the page."""
+    px, py = axes.transData.transform((x, y))
+    return float(px) * 72 / axes.figure.dpi, float(py) * 72 / axes.figure.dpi
+
+
+def _width(text: str) -> float:
+    return 0.58 * _FONT * len(text)
+
+
+def _overlaps(box: Box, others: Sequence[Box]) -> bool:
+    return any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)

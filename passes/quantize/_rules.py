@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from irc.core import formats
-from irc.core.errors import OptionError, ParseError, nearest
+from irc.core.errors import OptionError, ParseError
 from irc.core.formats import QuantFormat
 from irc.core.provenance import module_path
 from irc.passes.quantize._weight_layers import WeightLayer
@@ -106,12 +107,18 @@ def idle_rules(rules: Sequence[Rule], layers: Iterable[WeightLayer]) -> list[str
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
+    """The layers whose name, or as much of its end as the pattern has parts, is spelled most like the pattern."""
     if not names:
         return ": there are no layers to quantize"
-    if len(names) > 12:
-        hint = nearest(pattern.strip("*."), names)
-        return hint if "did you mean" in hint else f" (layers are called like {', '.join(names[:4])}, …)"
-    return nearest(pattern, names)
+    wanted = pattern.strip("*.")
+    parts = wanted.count(".") + 1
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        ends.setdefault(".".join(name.split(".")[-parts:]), []).append(name)
+    close = [name for end in get_close_matches(wanted, ends, n=2, cutoff=0.5) for name in ends[end][:2]]
+    if close:
+        return " (nearest: " + ", ".join(close) + ")"
+    return f" (layers are called {', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
 
 def _parse(text: str) -> Rule:

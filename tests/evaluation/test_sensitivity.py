@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import irc
 from irc.core.calibration import CalibrationData
 from irc.core.errors import OptionError, PassError, StorageError
-from irc.core.formats import QuantFormat
 from irc.core.manager import PassManager
 from irc.core.numeric import logits_metrics
 from irc.core.program import Program
@@ -219,7 +218,7 @@ def test_the_rules_do_what_was_measured() -> None:
     """The rules of an assignment, run as a pass, give each layer the format it was assigned."""
     program = steps.decoder()
     found = sensitivity(program, data(), bits=(2, 3, 4, 8), group_size=16)
-    chosen = irc.assign_bits(found, average_bits=5.0)
+    chosen = irc.assign_bits(found, average_bits=5.5)
     assert len(set(chosen.formats.values())) > 1
     after = PassManager(chosen.pipeline, verify="off").run(program).program
     formats = {
@@ -228,4 +227,3 @@ def test_the_rules_do_what_was_measured() -> None:
         if "dequantize" in str(node.target)
     }
     assert formats == chosen.formats
-    assert QuantFormat(8, 16).bits == 8
