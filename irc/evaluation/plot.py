@@ -65,15 +65,17 @@ def plot(comparison: Comparison, path: str | Path, *, metric: str | None = None,
     axes.grid(color="#e3e5e8", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK)
+    figure.draw_without_rendering()  # settles limits and layout
     taken: list[Box] = []
+    if base is not None:
+        y = _points(axes, 0.0, base[0].metrics[chosen])[1]
+        taken.append((0, y - 1, 72 * figure.get_figwidth(), y + 1))
     if base is not None and far:
         label = f"{base[0].name}, {base[1]:.1f} MB"
-        height = base[0].metrics[chosen]
         axes.annotate(
-            label, (0.99, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-            ha="right", fontsize=_FONT, color=_REFERENCE,
+            label, (0.99, base[0].metrics[chosen]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", fontsize=_FONT, color=_REFERENCE,
         )  # fmt: skip
-        y = _points(axes, 0.0, height)[1]
         right = axes.get_window_extent().x1 * 72 / figure.dpi
         taken.append((right - _width(label), y, right, y + 14))
     _label_points(axes, [(one.name, size, one.metrics[chosen]) for one, size in shown], taken)
@@ -100,7 +102,6 @@ def check_plot_path(path: Path) -> None:
 
 def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], taken: list[Box]) -> None:
     """Names beside the points, each at the nearest place that is free; a line leads to what had to go further."""
-    axes.figure.draw_without_rendering()  # settles limits and layout
     frame = axes.get_window_extent()
     scale = 72 / axes.figure.dpi
     left, right = frame.x0 * scale, frame.x1 * scale
@@ -116,9 +117,8 @@ def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], taken:
         taken.append(box)
         line = {"arrowstyle": "-", "color": "#9aa0a8", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if dy else None
         axes.annotate(
-            name, (x, y), xytext=(dx if dx > 0 else -8, dy), textcoords="offset points", ha="left" if dx > 0 else "right",
-            va="center", fontsize=_FONT,
-            color=_INK, arrowprops=line,
+            name, (x, y), xytext=(max(dx, -8), dy), textcoords="offset points", ha="left" if dx > 0 else "right",
+            va="center", fontsize=_FONT, color=_INK, arrowprops=line,
         )  # fmt: skip
 
 

@@ -100,6 +100,30 @@ def test_second_order_estimates_the_divergence() -> None:
         assert estimated[one.name].damage["int4.g16"] == pytest.approx(one.damage["int4.g16"], rel=0.5), one.name
 
 
+def test_channels_of_a_convolution_are_its_second_axis() -> None:
+    torch.manual_seed(0)
+    gain = torch.tensor([0.0, 0.0, 3.0])  # only the last channel matters
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).mean((2, 3)) * gain
+            return torch.cat((y, -y), 1)
+
+    program = capture(Net(), (torch.randn(2, 2, 6, 5),), dynamic=({0: "B"},), name="net")
+    weight = program.weight("conv.weight").detach().clone()
+    weight[2] = 0  # nothing to round there, and all damage elsewhere is invisible
+    program = program.copy(replace_weights={"conv.weight": weight})
+    images = CalibrationData.from_tensors(torch.randn(8, 2, 6, 5), batch_size=8)
+    found = sensitivity(program, images, formats=["int3.row"], metric="second-order", include_convolutions=True)
+    assert found.layers[0].damage["int3.row"] == 0
+    visible = sensitivity(program, images, formats=["int3.row"], include_convolutions=True)
+    assert visible.layers[0].damage["int3.row"] > 1e-3
+
+
 @pytest.mark.parametrize("metric", ["sqnr", "kl", "second-order"])
 def test_fewer_bits_do_more_damage(metric: str) -> None:
     found = sensitivity(steps.decoder(), data(), bits=(2, 4, 8), group_size=16, metric=metric)  # type: ignore[arg-type]
