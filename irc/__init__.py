@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from irc.core.storage import save as save
     from irc.core.text import parse as parse
     from irc.core.verifier import verify as verify
+    from irc.evaluation import EvaluationData as EvaluationData
+    from irc.evaluation import assign_bits as assign_bits
+    from irc.evaluation import evaluate as evaluate
+    from irc.evaluation import sensitivity as sensitivity
     from irc.frontend import capture as capture
     from irc.view.difference import diff as diff
     from irc.view.picture import draw as draw
@@ -35,22 +39,26 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CalibrationData": "irc.core.calibration",
     "Compiled": "irc.compiler",
+    "EvaluationData": "irc.evaluation.data",
     "IrcError": "irc.core.errors",
     "PassContext": "irc.core.contract",
     "PassManager": "irc.core.manager",
     "Program": "irc.core.program",
     "QuantFormat": "irc.core.formats",
+    "assign_bits": "irc.evaluation.assign_bits",
     "bisect": "irc.core.bisect",
     "capture": "irc.frontend",
     "compile": "irc.compiler",
     "diff": "irc.view.difference",
     "draw": "irc.view.picture",
+    "evaluate": "irc.evaluation.evaluate",
     "load": "irc.core.storage",
     "parse": "irc.core.text",
     "save": "irc.core.storage",
+    "sensitivity": "irc.evaluation.sensitivity",
     "verify": "irc.core.verifier",
 }
-_SUBPACKAGES = ("interchange", "lowering", "passes", "runtime")
+_SUBPACKAGES = ("evaluation", "interchange", "lowering", "passes", "runtime")
 
 __all__ = [*sorted(_EXPORTS), "__version__"]
 

@@ -20,6 +20,8 @@ LAYERS = (
     "irc.view",
     "irc.compiler",
     "irc.torch_backend",
+    "irc.demo.corpus",
+    "irc.evaluation",
     "irc.demo",
     "irc.cli",
 )

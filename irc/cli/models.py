@@ -87,8 +87,10 @@ def load_shipped(which: str) -> LoadedModel:
     return LoadedModel(tinypy.load_model(which), which, (example,), ({0: "B", 1: "S"},), tokenizer)
 
 
-def load_calibration(given: Path | None, loaded: LoadedModel) -> CalibrationData | None:
-    """Calibration data from what `--calibration` names: text goes through the model's tokenizer.
+def load_calibration(
+    given: Path | None, loaded: LoadedModel, *, length: int = 512, count: int = 128, batch_size: int = 8
+) -> CalibrationData | None:
+    """Calibration data from what `--calibration` names: text goes through the model's tokenizer, in windows.
 
     Raises:
         OptionError: it does not exist, or is text for a model without a tokenizer.
@@ -98,18 +100,26 @@ def load_calibration(given: Path | None, loaded: LoadedModel) -> CalibrationData
 
     if given is None:
         return None
+    options: dict[str, Any] = {
+        "tokenizer": loaded.tokenizer, "length": length, "count": count, "batch_size": batch_size,
+    }  # fmt: skip
     if str(given) == "demo" and not given.exists():
         from irc.demo.corpus import read_documents
+        from irc.evaluation.datasets import END_OF_TEXT
 
         if loaded.tokenizer is None:
             raise OptionError("--calibration demo is text: this model comes without a tokenizer")
-        return CalibrationData.from_text(read_documents("train"), tokenizer=loaded.tokenizer, description="demo corpus")
+        return CalibrationData.from_text(
+            (text + END_OF_TEXT for text in read_documents("train")), description="demo corpus", **options
+        )
     if given.is_file():
         if loaded.tokenizer is None:
             raise OptionError(f"--calibration {given} is text: this model comes without a tokenizer")
         text = given.read_text(encoding="utf-8", errors="replace")
-        return CalibrationData.from_text([text], tokenizer=loaded.tokenizer, length=256, description=str(given))
-    return CalibrationData.from_folder(given, tokenizer=loaded.tokenizer)
+        return CalibrationData.from_text([text], description=str(given), **options)
+    if loaded.tokenizer is None:
+        return CalibrationData.from_folder(given, batch_size=batch_size)
+    return CalibrationData.from_folder(given, **options)
 
 
 def _load_python(path: Path, attribute: str) -> LoadedModel:

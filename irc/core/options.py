@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union
 
 BARE = re.compile(r"[A-Za-z0-9_./+*:@%^~-]+")
+# Inside a list no option can begin, so that `=` is a character like any other there: [layers.0.*=int8.row].
+BARE_ITEM = re.compile(r"[A-Za-z0-9_./+*:@%^~=-]+")
 _NUMBER = re.compile(r"[+-]?(\d|\.\d|inf|nan)", re.IGNORECASE)
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
 _WORDS = {"none", *_BOOLEANS}
@@ -87,13 +89,20 @@ def write(value: Any, text: Callable[[str], str] | None = None) -> str:
     if isinstance(value, str):
         return text(value)
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(write(item, text) for item in value) + "]"
+        inner = _item_word if text is word else text
+        return "[" + ", ".join(write(item, inner) for item in value) + "]"
     raise WrongValue(f"a {type(value).__name__} has no text form")
 
 
 def word(text: str) -> str:
     """Text bare where it can only be text, else in double quotes."""
     plain = BARE.fullmatch(text) and text.lower() not in _WORDS and not _NUMBER.match(text)
+    return text if plain else json.dumps(text)
+
+
+def _item_word(text: str) -> str:
+    """The same inside a list."""
+    plain = BARE_ITEM.fullmatch(text) and text.lower() not in _WORDS and not _NUMBER.match(text)
     return text if plain else json.dumps(text)
 
 

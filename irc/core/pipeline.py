@@ -285,7 +285,8 @@ class _Reader:
                 raise _SyntaxError(f"bad quoted text ({error.msg})") from None
             return options.Quoted(value)
         if start != "[":
-            return self.match(options.BARE, "a value (text with other characters needs double quotes)")
+            pattern = options.BARE_ITEM if depth else options.BARE
+            return self.match(pattern, "a value (text with other characters needs double quotes)")
         if depth >= _MAX_DEPTH:
             raise _SyntaxError("lists are nested too deep")
         self.at += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ _MAX_SHIFT = 0.5
 _MAX_STEPS_OFF = 0.5 + 1e-2
 
 
-def lossy_promise(chosen: Format) -> Preserves:
-    """What quantizing weights to that format may do to the outputs."""
-    rtol, max_kl = LIMITS[chosen.precision]
+def lossy_promise(*chosen: Format | None) -> Preserves:
+    """What quantizing weights to those formats may do to the outputs (None: a weight that is left alone)."""
+    rtol, max_kl = LIMITS[min(one.precision for one in chosen if one is not None)]
     return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
 
@@ -62,9 +62,12 @@ def write_stored_weight(program: Program, layer: WeightLayer, chosen: Format, pa
     return parts.num_bytes
 
 
-def check_stored_weights(before: Program, after: Program, chosen: QuantFormat, *, nearest: bool) -> list[Finding]:
+def check_stored_weights(
+    before: Program, after: Program, expected: Mapping[fx.Node, QuantFormat | None], *, nearest: bool
+) -> list[Finding]:
     """Each new dequantized weight stands for one of before, and no row of it is far from that one's row.
 
+    `expected`: the format of each weight of before.
     `nearest`: every integer that is not at the end of its range is the nearest one on the stored grid.
     """
     originals = {node.name: node for node in before.graph.nodes}
@@ -74,7 +77,7 @@ def check_stored_weights(before: Program, after: Program, chosen: QuantFormat, *
         if old is None or old.op != "get_attr":
             findings.append(Finding(node.name, "stands for no weight of the program before"))
             continue
-        problem = _distance_problem(before.weight(old).detach(), after, node, chosen, nearest)
+        problem = _distance_problem(before.weight(old).detach(), after, node, expected.get(old), nearest)
         if problem is not None:
             findings.append(Finding(node.name, f"{problem} of {old.target}"))
     return findings
@@ -87,10 +90,10 @@ def _new_weights(after: Program, originals: dict[str, fx.Node]) -> Iterator[fx.N
 
 
 def _distance_problem(
-    original: Tensor, after: Program, node: fx.Node, chosen: QuantFormat, nearest: bool
+    original: Tensor, after: Program, node: fx.Node, chosen: QuantFormat | None, nearest: bool
 ) -> str | None:
-    if str(node.kwargs["format"]) != str(chosen):
-        return f"has format {node.kwargs['format']} instead of {chosen}; a weight"
+    if chosen is None or str(node.kwargs["format"]) != str(chosen):
+        return f"has format {node.kwargs['format']} instead of {chosen or 'none'}; a weight"
     stored, scale, zero_point = (after.weight(part) if isinstance(part, fx.Node) else None for part in node.args[:3])
     if stored is None or scale is None or original.device.type == "meta":
         return None

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from irc.core.contract import register_pass
+from irc.core.formats import QuantFormat
 from irc.passes.quantize._calibrated_weights import CalibratedWeights
 from irc.passes.quantize._gptq import Grid, damped, gptq, make_grid
 from irc.passes.quantize._gram import InputStatistics
@@ -48,7 +49,7 @@ class QuantizeGptq(CalibratedWeights):
             problems.append(f"damping must be between 0 and 1, not {self.damping!r}")
         return problems
 
-    def quantize_layer(self, weight: Tensor, inputs: InputStatistics) -> tuple[Tensor, Grid]:
+    def quantize_layer(self, weight: Tensor, inputs: InputStatistics, form: QuantFormat) -> tuple[Tensor, Grid]:
         gram = damped(inputs.gram, self.damping)
-        grid = make_grid(weight, self.format, gram.diagonal() if self.search == "error" else None)
+        grid = make_grid(weight, form, gram.diagonal() if self.search == "error" else None)
         return gptq(weight, gram, grid, act_order=self.act_order), grid

@@ -24,6 +24,7 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_block, worst_group
+from irc.passes.quantize._rules import idle_rules, parse_rules, rule_for, rule_problems, wanted_format, why_not_weights
 from irc.passes.quantize._stored_weights import lossy_promise, write_stored_weight
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
@@ -56,6 +57,8 @@ class QuantizeWeights(Pass):
             `row` (one scale for that layer's whole rows), `pad` (with zeros, cut off after dequantizing) or
             `skip`.
         scale_dtype: type of the scales, `f32` or `f16`.
+        rules: formats of single layers, `PATTERN=FORMAT` or `PATTERN=none`; the first that matches decides, and the
+            options above are for the layers that none matches.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -67,9 +70,13 @@ class QuantizeWeights(Pass):
     include_convolutions: bool = False
     indivisible: Literal["error", "row", "pad", "skip"] = "error"
     scale_dtype: Literal["f32", "f16"] = "f32"
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = [] if self.format is None else self._problems_of_format(self.format)
+        object.__setattr__(self, "rules", (self.rules,) if isinstance(self.rules, str) else tuple(self.rules))
+        problems = rule_problems(self.rules, why_not_weights)
+        if self.format is not None:
+            problems.extend(self._problems_of_format(self.format))
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             problems.append(f"bits must be 2 to 8, not {self.bits!r}")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
@@ -90,6 +97,9 @@ class QuantizeWeights(Pass):
             chosen = formats.parse(text)
         except (ParseError, OptionError) as error:
             return [*problems, str(error)]
+        reason = why_not_weights(chosen)
+        if reason is not None:
+            problems.append(reason)
         if self.indivisible == "row" and _in_rows(chosen) is None:
             problems.append(f"format {text} has no variant with one scale a row: indivisible cannot be 'row'")
         if self.scale_dtype != "f32" and not chosen.takes_scale_dtype:
@@ -99,21 +109,23 @@ class QuantizeWeights(Pass):
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
-        return lossy_promise(self._format)
+        return lossy_promise(self._format, *(rule.format for rule in parse_rules(self.rules)))
 
     def requires(self, program: Program) -> list[str]:
-        """One problem for every layer whose rows the group size does not divide."""
+        """One problem for every layer whose rows the group size does not divide, and for every rule without a layer."""
+        layers = [layer for layer in self._find(program) if isinstance(layer, WeightLayer)]
+        problems = idle_rules(parse_rules(self.rules), layers)
         if self.indivisible != "error":
-            return []
-        problems = []
-        for layer in self._find(program):
-            reason = None if isinstance(layer, Skip) else self._format.why_not_rows_of(layer.width)
-            if isinstance(layer, WeightLayer) and reason is not None:
+            return problems
+        for layer in layers:
+            wanted = wanted_format(self.rules, self._format, layer)
+            reason = None if wanted is None else wanted.why_not_rows_of(layer.width)
+            if wanted is not None and reason is not None:
                 where = module_path(layer.users[0])
                 problems.append(
                     f"{layer.name}{f' ({where})' if where else ''}: {reason};"
                     f" choose another {'group_size' if self.format is None else 'format'}, or indivisible="
-                    f"{repr('row') + ', ' if _in_rows(self._format) is not None else ''}'pad' or 'skip'"
+                    f"{repr('row') + ', ' if _in_rows(wanted) is not None else ''}'pad' or 'skip'"
                 )
         return problems
 
@@ -140,10 +152,15 @@ class QuantizeWeights(Pass):
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
         """No weight moved by more than half a step, the step being that of the original's own group."""
         originals = {node.name: node for node in before.graph.nodes}
+        expected = {
+            layer.weight: [str(candidate) for candidate in self._candidates(wanted)]
+            for layer in self._find(before)
+            if isinstance(layer, WeightLayer) and (wanted := wanted_format(self.rules, self._format, layer))
+        }
         findings = []
         for node in result.program.graph.nodes:
             if node.name not in originals and is_irc_op(node.target, "dequantize"):
-                problem = _check(before, originals, result.program, node, self._format.bits)
+                problem = _check(before, originals, result.program, node, expected)
                 if problem is not None:
                     findings.append(Finding(node.name, problem))
         return findings
@@ -157,12 +174,18 @@ class QuantizeWeights(Pass):
     def _find(self, program: Program) -> Iterator[WeightLayer | Skip]:
         return find_weight_layers(program, embeddings=self.include_embeddings, convolutions=self.include_convolutions)
 
+    def _candidates(self, wanted: Format) -> list[Format]:
+        """The format that is asked for, and what may stand in where it does not divide a row."""
+        by_row = _in_rows(wanted) if self.indivisible == "row" else None
+        return [wanted] if by_row is None else [wanted, by_row]
+
     def _format_for(self, program: Program, layer: WeightLayer) -> Format | Skip:
         """The format of a layer's weight, or why it cannot have one."""
-        candidates = [self._format]
-        by_row = _in_rows(self._format)
-        if self.indivisible == "row" and by_row is not None:
-            candidates.append(by_row)
+        wanted = wanted_format(self.rules, self._format, layer)
+        if wanted is None:
+            rule = rule_for(parse_rules(self.rules), layer)
+            return Skip.at(layer.users[0], f"weight {layer.name}: rule '{rule}' leaves it alone")
+        candidates = self._candidates(wanted)
         reasons = [candidate.why_not_rows_of(layer.width) for candidate in candidates]
         fitting = [c for c, reason in zip(candidates, reasons, strict=True) if reason is None]
         if self.indivisible == "pad":
@@ -206,7 +229,9 @@ def _round(rows: Tensor, chosen: Format, scale_dtype: torch.dtype) -> Parts:
     return formats.quantize_tensor(rows, chosen, scale_dtype)
 
 
-def _check(before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, bits: int) -> str | None:
+def _check(
+    before: Program, originals: dict[str, fx.Node], after: Program, node: fx.Node, expected: dict[fx.Node, list[str]]
+) -> str | None:
     """What is wrong with a new dequantized weight, judged by the weight it stands for; None if nothing is."""
     cut = [user for user in node.users if user.target in _AFTER]
     again = [user for one in cut for user in one.users if user.target in _AFTER]
@@ -221,8 +246,8 @@ def _check(before: Program, originals: dict[str, fx.Node], after: Program, node:
     padded = (rows.shape[0], rows.shape[1] + -rows.shape[1] % chosen.row_multiple)
     if tuple(fake.shape) != padded or fake.dtype != original.dtype:
         return f"is {describe(fake)}, but {old.target} has rows {describe(rows)}"
-    if chosen.bits != bits:
-        return f"has {chosen.bits} bits, not {bits}"
+    if str(chosen) not in expected.get(old, ()):
+        return f"has format {chosen}, not {' or '.join(expected.get(old, ('none',)))}"
     stored, scale, zero_point, tensor_scale = (
         after.weight(part) if isinstance(part, fx.Node) else None
         for part in (*node.args, None)[:4]  # type: ignore[arg-type]

@@ -127,11 +127,11 @@ def test_goes_on_where_it_was_killed(program: Program, tmp_path: Path, monkeypat
     done: list[tuple[int, ...]] = []
     original = QuantizeGptq.quantize_layer
 
-    def counted(self, weight, inputs):  # type: ignore[no-untyped-def]
+    def counted(self, weight, inputs, form):  # type: ignore[no-untyped-def]
         if len(done) == 1 and not survive:
             raise KeyboardInterrupt
         done.append(tuple(weight.shape))
-        return original(self, weight, inputs)
+        return original(self, weight, inputs, form)
 
     monkeypatch.setattr(QuantizeGptq, "quantize_layer", counted)
     one, survive = QuantizeGptq(bits=4, group_size=16), False
