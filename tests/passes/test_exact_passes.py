@@ -25,6 +25,8 @@ OF_ZOO = {"raise-linear": "gpt2", "fuse-activation": "opt"}
 WORDY = {
     "raise-layer-norm", "simplify-algebra", "fold-constants", "eliminate-common-subexpressions", "eliminate-dead-code",
 }  # fmt: skip
+# These work on what another pass left.
+AFTER = {"convert-fake-quantization": "insert-fake-quantization"}
 WITHOUT_TOKENS = {"fold-conv-batch-norm"}
 EXACT_PASSES = [
     name for name, cls in registered_passes().items() if cls().preserves.kind == "exact" and name not in WITHOUT_TOKENS
@@ -70,10 +72,11 @@ def before_and_after(name: str, raw: Program) -> tuple[Program, Program]:
     """The program that the pass gets in its place of the canonical order, and what it makes of it."""
     canonical = canonical_passes()
     place = CANONICAL_ORDER.index(name) if name in CANONICAL_ORDER else len(canonical)
-    before = irc.PassManager(canonical[:place], verify="off").run(raw).program
+    earlier = [*canonical[:place], *([registered_passes()[AFTER[name]]()] if name in AFTER else [])]
     pass_ = registered_passes()[name](expect_matches=1)
     tokens = torch.randint(4, 90, (4, 16), generator=torch.Generator().manual_seed(0))
     ctx = irc.PassContext(options={CALIBRATION_KEY: tokens})
+    before = irc.PassManager(earlier, verify="off", ctx=ctx).run(raw).program
     return before, irc.PassManager([pass_], verify="off", ctx=ctx).run(before).program
 
 
