@@ -33,7 +33,6 @@ from irc.passes.quantize._stored_weights import (
 )
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
-
 RowQuantizer = Callable[[Tensor], tuple[Tensor, Grid]]
 """Rows f32[N, K] of a layer's weight → their integers f32[N, K], and the grid that these are on."""
 

@@ -101,9 +101,7 @@ def _search_block(
     return best, kept
 
 
-def make_grid(
-    weight: Tensor, chosen: QuantFormat, importance: Tensor | None = None, *, negative: bool = False
-) -> Grid:
+def make_grid(weight: Tensor, chosen: QuantFormat, importance: Tensor | None = None, *, negative: bool = False) -> Grid:
     """Scales from each group's range, or, with `importance` [K], those of the least weighted error."""
     if importance is not None:
         return search_scales(weight, chosen, importance, negative=negative)

@@ -228,7 +228,7 @@ def test_options() -> None:
     assert parse_pipeline(irc.core.pipeline.print_pipeline([one])) == [one]
     with pytest.raises(
         OptionError,
-        match="bits must be 2 to 8, not 9; search must be one of absmax, error, not 'x'; damping .*; negative_scales needs",
+        match=r"bits must be 2 to 8, not 9; search must be one of absmax, error, not 'x'; damping .*; negative_scales ",
     ):
         QuantizeGptq(bits=9, search="x", damping=0, negative_scales=True)
     with pytest.raises(OptionError, match=r"shrink must be between 0 and 1, not 2; steps must be at least 2, not 1"):
