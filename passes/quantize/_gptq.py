@@ -65,7 +65,7 @@ def search_scales(
     Integers run over all that can be stored, -2^(bits-1) included: the extreme weight of a group that is negative
     fits with a smaller step. With `negative`, scales may be negative, so that this holds for every group.
 
-    Shapes: weight f32[N, K]; importance [K], mostly H's diagonal.
+    Shapes: weight f32[N, K]; importance [K], of the squared errors.
     """
     rows, width = weight.shape
     num_groups = chosen.scale_shape((rows, width))[-1]
@@ -137,6 +137,13 @@ class GptqSolver:
         diagonal = hessian.diagonal()
         self._order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
         self._factor = _inverse_factor(hessian[self._order[:, None], self._order])
+
+    @property
+    def importance(self) -> Tensor:
+        """What a squared error of each input's weights costs once all the others have made up for it: 1 / (H⁻¹)_ii."""
+        result = torch.empty(len(self._order))
+        result[self._order] = self._factor.square().sum(0).reciprocal_()
+        return result
 
     def integers(self, weight: Tensor, grid: Grid) -> Tensor:
         """Integers f32[N, K] of rows f32[N, K]: each column is rounded, the rest take over its error as H says."""
