@@ -1,6 +1,6 @@
 """Peak memory and time of GPTQ on a Llama of 1.1 billion parameters, whose weights come from a program folder.
 
-    python benchmarks/gptq_memory.py              # 22 layers, 4096 calibration tokens: a quarter of an hour on two cores
+    python benchmarks/gptq_memory.py              # 22 layers, 4096 calibration tokens: about half an hour
     python benchmarks/gptq_memory.py --quick      # 2 layers
 
 The aim: peak memory below 1.3 times the bytes of the bf16 weights, which are read from the mapped file layer by
@@ -11,6 +11,7 @@ themselves. Random weights, so accuracy is not looked at.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import tempfile
@@ -55,7 +56,7 @@ def quantize(folder: Path, results: multiprocessing.Queue[dict[str, object]]) ->
         manager = irc.PassManager([QuantizeGptq(bits=4, group_size=32)], verify="off", ctx=ctx, keep_stages=False)
         result = manager.run(program)
         seconds = time.perf_counter() - started
-    times = sorted(b - a for a, b in zip(marks, marks[1:], strict=False))
+    times = sorted(b - a for a, b in itertools.pairwise(marks))
     results.put(
         {
             "weight_bytes": weight_bytes,

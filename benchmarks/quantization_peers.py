@@ -55,7 +55,7 @@ _LAYER_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm",
 
 
 def llama_name(name: str) -> str:
-    """The transformers name of a weight of the demo model: `layers.0.attn.q_proj.weight` → `model.layers.0.self_attn…`."""
+    """The transformers name of a weight: `layers.0.attn.q_proj.weight` → `model.layers.0.self_attn.q_proj.weight`."""
     parts = [_LAYER_NAMES.get(part, part) for part in name.split(".")]
     return ".".join(["model", "embed_tokens" if parts[0] == "embed" else parts[0], *parts[1:]])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from irc.core.contract import register_pass
 from irc.core.formats import QuantFormat
 from irc.passes.quantize._calibrated_weights import CalibratedWeights, RowQuantizer
-from irc.passes.quantize._gptq import GptqSolver, Grid, damped, make_grid
+from irc.passes.quantize._gptq import GptqSolver, Grid, make_grid
 from irc.passes.quantize._gram import InputStatistics
 
 _SEARCHES = ("absmax", "error")
@@ -56,7 +56,7 @@ class QuantizeGptq(CalibratedWeights):
         return problems
 
     def row_quantizer(self, inputs: InputStatistics, form: QuantFormat) -> RowQuantizer:
-        solver = GptqSolver(damped(inputs.gram, self.damping), act_order=self.act_order)
+        solver = GptqSolver(inputs.gram, damping=self.damping, act_order=self.act_order)
         importance = solver.importance if self.search == "error" else None
 
         def quantize(rows: Tensor) -> tuple[Tensor, Grid]:
