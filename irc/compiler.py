@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
@@ -178,18 +175,7 @@ class Compiled:
         if self.artifact.kv_cache is None or KVCache.of(first) is not None:
             return first.unflatten(self.artifact.run(*flat))
         tokens = flat[first.input_names.index(self.program.input_names[0])]
-        return first.unflatten([self._all_logits(tokens, self.artifact.kv_cache)])
-
-    def _all_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Logits of every token, by one step with fresh caches."""
-        batch, length = tokens.shape
-        if length > cache.max_length:
-            raise OptionError(
-                f"the input has {length} tokens, the key-value cache holds {cache.max_length}:"
-                f" compile with insert-kv-cache{{max-length={length}}} or more"
-            )
-        positions = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
-        return self.artifact.step(self.artifact.new_caches(batch), tokens, positions, positions)
+        return first.unflatten([self.artifact.whole_rows(tokens)])
 
     # ---------------------------------------------------------------- generation
 
