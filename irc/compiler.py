@@ -15,12 +15,13 @@ from irc.core.errors import OptionError, StorageError
 from irc.core.instruments import Instrument
 from irc.core.kv_cache import KVCache
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
+from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Report, Row
 from irc.core.target import Artifact, Target, get_target
-from irc.runtime.decoding import Decoder, decoder_for
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
+from irc.runtime.models import paged_model
 from irc.runtime.results import GenerationResult
 from irc.runtime.sampling import Sampling
 from irc.view.progress import shown_progress
@@ -205,7 +206,7 @@ class Compiled:
             stream: called with (index of the prompt, token id, new text) for each token.
         """
         return generate(
-            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos, stream=stream,
         )  # fmt: skip
@@ -226,13 +227,14 @@ class Compiled:
     ) -> Generator[TokenEvent, None, GenerationResult]:
         """As `generate`, as an iterator over tokens as they are made."""
         return stream_tokens(
-            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos,
         )  # fmt: skip
 
-    def _decoder(self) -> Decoder:
-        return decoder_for(self.artifact, self.program)
+    def paged_model(self) -> PagedModel:
+        """What an `irc.runtime.engine.Engine` drives: a step over flat tokens with positions and block tables."""
+        return paged_model(self.artifact, self.program)
 
     # ---------------------------------------------------------------- storage
 

@@ -43,11 +43,16 @@ def one_row(program: Program, sequence: Sequence) -> None:
         program.infer_type(node)
         value = node.meta[VAL]
         if is_size(node) and isinstance(value, (int, float, bool)):
-            for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n
-                )
-            program.graph.erase_node(node)
+            _replace_by_number(node, value)
+
+
+def _replace_by_number(node: fx.Node, value: float) -> None:
+    def number(used: fx.Node) -> Any:
+        return value if used is node else used
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg((user.args, dict(user.kwargs)), number)
+    node.graph.erase_node(node)
 
 
 @dataclass
@@ -111,9 +116,7 @@ class PagedRewrite(StepRewrite):
         )  # fmt: skip
         turned = self.program.insert(ATEN.transpose.int, made, 0, 1, before=node)
         result = self.program.insert(ATEN.unsqueeze.default, turned, 0, before=node)
-        if self.cut is node:
-            self.cut = result
-            self.analysis.walk.layouts[result] = self.analysis.walk.layouts[node]
+        self._cut_moves(node, result)
         self.program.replace(node, result)
 
     def _by_token(self, node: fx.Node, before: fx.Node) -> fx.Node:

@@ -130,6 +130,12 @@ class StepRewrite:
             kwargs["mask"] = "causal"
         return self._gather_bias(bias, node)
 
+    def _cut_moves(self, old: fx.Node, new: fx.Node) -> None:
+        """`new` takes the place of `old`, which may be where the head is cut off."""
+        if self.cut is old:
+            self.cut = new
+            self.analysis.walk.layouts[new] = self.analysis.walk.layouts[old]
+
     # ------------------------------------------------------------ tables
 
     def _gather(self, operand: fx.Node, table: Table, user: fx.Node, region: Region) -> fx.Node:
