@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage bench clean
+.PHONY: help install check format lint types test demo coverage onnx-coverage bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,9 @@ demo:  ## the main job, end to end
 
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
+
+onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
+	$(PYTHON) -m tests.onnx_coverage
 
 bench:  ## all benchmarks, short
 	for script in benchmarks/*.py; do $(PYTHON) $$script --quick || exit 1; done

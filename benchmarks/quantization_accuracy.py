@@ -41,6 +41,7 @@ from irc.passes import (
     SmoothActivations,
 )
 from irc.passes.quantize._scale_groups import ScaleGroup, find_scale_groups
+from irc.view.sections import write_section
 
 PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
 LENGTH = 512
@@ -48,6 +49,7 @@ METHODS: dict[str, Callable[..., list[Pass]]] = {
     "RTN": lambda **f: [QuantizeWeights(**f)],
     "AWQ": lambda **f: [ScaleSalientChannels(**f), QuantizeClipped(**f)],
     "GPTQ": lambda **f: [QuantizeGptq(**f)],
+    "GPTQ, negative scales": lambda **f: [QuantizeGptq(**f, negative_scales=True)],
     "rotation + RTN": lambda **f: [RotateResidual(), QuantizeWeights(**f)],
     "rotation + GPTQ": lambda **f: [RotateResidual(), QuantizeGptq(**f)],
 }
@@ -140,16 +142,16 @@ def main() -> None:
         table.add_section()
     Console().print(table)
     if not args.quick:
-        PAGE.write_text(page(full, found, len(held_out), data.num_samples))
+        write_section(PAGE, "weights", section(full, found, len(held_out), data.num_samples))
         print(f"→ {PAGE}", file=sys.stderr)
     if args.json:
         print(json.dumps({"full_precision": full, "formats": found}))
 
 
-def page(full: float, found: dict[str, dict[str, dict[str, float]]], num_held_out: int, num_calibration: int) -> str:
-    """docs/accuracy.md."""
+def section(full: float, found: dict[str, dict[str, dict[str, float]]], num_held_out: int, num_calibration: int) -> str:
+    """The part of docs/accuracy.md that this script is about."""
     lines = [
-        "# Accuracy of quantized weights\n",
+        "## Weights: method by method\n",
         f"The demo model, {num_held_out} held-out windows of {LENGTH} tokens; {num_calibration} calibration windows"
         " from its training files, the same for all methods. Embedding and head stay in full precision. Made by"
         " `python benchmarks/quantization_accuracy.py`.\n",
@@ -165,7 +167,7 @@ def page(full: float, found: dict[str, dict[str, dict[str, float]]], num_held_ou
             f"| {label} | {name} | {row['perplexity']:.4f} | {row['perplexity'] - full:.4f} | {row['recovered']:.0%} |"
             for name, row in rows.items()
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,13 @@ def content_hash(tensor: Tensor) -> str:
     return result
 
 
+def copy_hash(source: Tensor, same: Tensor) -> None:
+    """Remember for a tensor the hash that was computed for another with the same type, shape and values."""
+    if source is not same and source in _content:
+        stamp = (version_of(same), same.data_ptr(), tuple(same.shape), same.dtype)
+        _content[same] = (stamp, _content[source][1])
+
+
 def declare_hash(tensor: Tensor, digest: str) -> None:
     """Remember the content hash that a tensor without data (meta device) stands for."""
     _declared[tensor] = digest

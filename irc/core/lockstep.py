@@ -61,6 +61,7 @@ class Lockstep:
                 for used in {*node.all_input_nodes, node}:
                     if last_use.get(used, node) is node and used in self._values:
                         del self._values[used]
+                        self._replaced.pop(used, None)
         self._values.clear()
 
     def _needed(self, order: list[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:

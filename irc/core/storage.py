@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from irc.core.errors import StorageError
+from irc.core.hashing import content_hash
+from irc.core.paging import release
 from irc.core.program import VAL, Program
 from irc.core.provenance import SOURCES_KEY, Source, sources_of
 from irc.core.text import parse, print_program
@@ -78,6 +80,9 @@ def load(folder: str | Path) -> Program:
         _check_files(folder, manifest)
         text = (folder / GRAPH).read_text(encoding="utf-8")
         weights = _read_tensors(folder / WEIGHTS)
+        for tensor in weights.values():  # hashed one by one, so that the mapped file is never in memory as a whole
+            content_hash(tensor)
+            release(tensor)
         inputs = _read_tensors(folder / INPUTS) if INPUTS in manifest["files"] else {}
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read program folder {folder}: {error}") from error

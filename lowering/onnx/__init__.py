@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from irc.lowering.onnx.target import OnnxArtifact, OnnxOptions, OnnxTarget
+import irc.lowering.onnx.translations  # noqa: F401  (registers every translation)
+from irc.lowering.onnx.artifact import OnnxArtifact
+from irc.lowering.onnx.options import OnnxOptions
+from irc.lowering.onnx.target import OnnxTarget
 
 __all__ = ["OnnxArtifact", "OnnxOptions", "OnnxTarget"]

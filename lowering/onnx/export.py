@@ -1,7 +1,8 @@
 """From a program to an ONNX model, through `torch.export` and PyTorch's ONNX exporter.
 
-`irc` operations decompose to ATen under export; quantized weights are kept opaque and become
-`DequantizeLinear` afterwards (see `quantized`). Sizes keep the program's names.
+Canonical operations become ONNX operators where a translation takes them (see `registry`); the others decompose to
+ATen. Quantized weights are kept opaque and become `DequantizeLinear` afterwards (see `quantized`). Sizes keep the
+program's names.
 """
 
 from __future__ import annotations
@@ -22,19 +23,29 @@ from torch import Tensor
 
 from irc.core.dims import dim_symbol
 from irc.core.errors import TargetError
-from irc.core.kv_cache import KVCache
+from irc.core.kv_cache import METADATA_KEY, KVCache
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.slices import evaluate_size
 from irc.lowering.onnx import quantized
+from irc.lowering.onnx.artifact import CONSECUTIVE, METADATA
+from irc.lowering.onnx.installed import newest_opset
+from irc.lowering.onnx.options import OnnxOptions
+from irc.lowering.onnx.registry import Setting, translate
 
-# DequantizeLinear has blocks and 4-bit types from 21 on; without it, 20 is what most runtimes read.
-_OPSET, _OPSET_QUANTIZED = 20, 21
+# DequantizeLinear has blocks and 4-bit types from 21 on.
+_OPSET_QUANTIZED = 21
+# Operators that take where a row starts, and count from there.
+_COUNT_UP = ("TensorScatter", "GroupQueryAttention")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
-METADATA = "irc.metadata"
 
 
-def export_model(program: Program, opset: int | None = None) -> ir.Model:
+def setting_of(options: OnnxOptions) -> Setting:
+    """What a program is lowered for, with the opset chosen."""
+    return Setting(options.flavour, options.opset or newest_opset())
+
+
+def export_model(program: Program, setting: Setting) -> ir.Model:
     """An ONNX model that computes what the program does, with its input names, dimension names and metadata.
 
     Raises:
@@ -44,15 +55,14 @@ def export_model(program: Program, opset: int | None = None) -> ir.Model:
     own.erase_dead()
     _store_all_scores(own)
     quantized.fold_other_formats(own)
-    num_quantized = quantized.keep_opaque(own)
-    chosen = opset or (_OPSET_QUANTIZED if num_quantized else _OPSET)
-    if num_quantized and chosen < _OPSET_QUANTIZED:
-        raise TargetError(f"quantized weights need ONNX opset {_OPSET_QUANTIZED} or newer, not {chosen}")
+    if quantized.keep_opaque(own) and setting.opset < _OPSET_QUANTIZED:
+        raise TargetError(f"quantized weights need ONNX opset {_OPSET_QUANTIZED} or newer, not {setting.opset}")
+    translate(setting, own)
     exported = _exported(own)
     with quiet():
         try:
             made = torch.onnx.export(
-                exported, dynamo=True, opset_version=chosen, verbose=False, optimize=True,
+                exported, dynamo=True, opset_version=setting.opset, verbose=False, optimize=True,
                 input_names=program.input_names, output_names=output_names(program),
             )  # fmt: skip
         except Exception as error:  # the exporter raises errors of many kinds, all of them about this program
@@ -62,9 +72,7 @@ def export_model(program: Program, opset: int | None = None) -> ir.Model:
     quantized.lower_opaque(model)
     _name_dimensions(model, _symbol_names(own, exported))
     model.graph.name = program.name
-    model.metadata_props[METADATA] = json.dumps(
-        {"aliases": {str(k): v for k, v in program.aliases.items()}, "program": program.name, **_json(program.metadata)}
-    )
+    model.metadata_props[METADATA] = json.dumps(_description(program, setting, model))
     return model
 
 
@@ -143,8 +151,15 @@ def _name_dimensions(model: ir.Model, names: Mapping[str, str]) -> None:
         value.shape = ir.Shape(sizes)
 
 
-def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metadata.items() if key == "kv_cache"}
+def _description(program: Program, setting: Setting, model: ir.Model) -> dict[str, Any]:
+    """What the artifact must know to run the model."""
+    found: dict[str, Any] = {
+        "aliases": {str(k): v for k, v in program.aliases.items()}, "program": program.name, "flavour": setting.flavour,
+    }  # fmt: skip
+    if METADATA_KEY in program.metadata:
+        found[METADATA_KEY] = program.metadata[METADATA_KEY]
+        found[CONSECUTIVE] = any(node.op_type in _COUNT_UP for node in model.graph)
+    return found
 
 
 def _reason(error: BaseException) -> str:

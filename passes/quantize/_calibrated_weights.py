@@ -6,7 +6,7 @@ sequential). Convolutions, embeddings and weights that several operations share 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves,
 from irc.core.errors import IrcError, OptionError, PassError
 from irc.core.formats import Parts, QuantFormat, dequantize_tensor
 from irc.core.lockstep import Lockstep, Values
+from irc.core.paging import release
 from irc.core.program import Program
 from irc.core.provenance import module_path
 from irc.passes.quantize._gptq import Grid
@@ -32,13 +33,19 @@ from irc.passes.quantize._stored_weights import (
 )
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 
+RowQuantizer = Callable[[Tensor], tuple[Tensor, Grid]]
+"""Rows f32[N, K] of a layer's weight → their integers f32[N, K], and the grid that these are on."""
+
+# Rows of a layer that are quantized at a time: several f32 copies of them exist meanwhile.
+_ROWS = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedWeights(Pass):
-    """Base of such passes: they say how one layer's integers and scales are found.
+    """Base of such passes: they say how the integers and scales of one layer's rows are found.
 
     Attributes:
-        rounds_to_nearest: whether `quantize_layer` gives the nearest integers on its grid, which is then checked.
+        rounds_to_nearest: whether `row_quantizer` gives the nearest integers on its grid, which is then checked.
         bits, group_size, symmetric: the format, as in `quantize-weights`.
         rules: integer formats of single layers, as in `quantize-weights`.
     """
@@ -64,13 +71,13 @@ class CalibratedWeights(Pass):
             problems.append(f"group_size must be a positive number or None, not {self.group_size!r}")
         return problems
 
-    def quantize_layer(self, weight: Tensor, inputs: InputStatistics, form: QuantFormat) -> tuple[Tensor, Grid]:
-        """Integers f32[N, K] of a weight f32[N, K] in a format, and the grid they are on.
+    def row_quantizer(self, inputs: InputStatistics, form: QuantFormat) -> RowQuantizer:
+        """What quantizes rows of a layer with these inputs to a format; called once a layer.
 
         Raises:
             IrcError: it cannot be done, and why.
         """
-        raise TypeError(f"{type(self).__name__} has no quantize_layer method")
+        raise TypeError(f"{type(self).__name__} has no row_quantizer method")
 
     @property
     def preserves(self) -> Preserves:  # type: ignore[override]
@@ -128,6 +135,7 @@ class CalibratedWeights(Pass):
                 store.put(layer.name, known)
             parts = results[node] = Parts(**known)
             run.replace(layer.weight, dequantize_tensor(parts, formats[node], weight.dtype))
+            release(weight)
 
         run.run(visit, layers)
         for _ in progress:  # tells the end
@@ -155,13 +163,18 @@ class CalibratedWeights(Pass):
         self, node: fx.Node, weight: Tensor, inputs: InputStatistics, form: QuantFormat
     ) -> dict[str, Tensor]:
         try:
-            integers, grid = self.quantize_layer(weight.float(), inputs, form)
+            quantize = self.row_quantizer(inputs, form)
+            done = [_stored(*quantize(rows.float()), form) for rows in weight.split(_ROWS)]
         except IrcError as error:
             raise PassError(
                 f"{node.name} ({module_path(node)}) cannot be quantized: {error}", pass_name=self.name, node=node.name
             ) from error
-        found = {"stored": form.pack(integers.to(torch.int16)), "scale": grid.scale.float()}
-        return found if grid.zero_point is None else found | {"zero_point": grid.zero_point.to(form.zero_point_dtype)}
+        return {name: torch.cat([block[name] for block in done]) for name in done[0]}
+
+
+def _stored(integers: Tensor, grid: Grid, form: QuantFormat) -> dict[str, Tensor]:
+    found = {"stored": form.pack(integers.to(torch.int16)), "scale": grid.scale.float()}
+    return found if grid.zero_point is None else found | {"zero_point": grid.zero_point.to(form.zero_point_dtype)}
 
 
 def _layers(program: Program) -> Iterator[WeightLayer | Skip]:

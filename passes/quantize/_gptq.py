@@ -17,7 +17,9 @@ from irc.core.errors import IrcError
 from irc.core.formats import QuantFormat
 
 _BLOCK = 128
-_SHRINK_STEPS = 32
+_SHRINK_STEPS = 80
+# Numbers whose temporaries stay in the cache while all steps of a search pass over them.
+_CACHED = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -55,44 +57,61 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian + torch.diag(added)
 
 
-def search_scales(weight: Tensor, chosen: QuantFormat, importance: Tensor, *, smallest: float = 0.35) -> Grid:
+def search_scales(
+    weight: Tensor, chosen: QuantFormat, importance: Tensor, *, smallest: float = 0.3, negative: bool = False
+) -> Grid:
     """Scales that round a group with the least importance-weighted error, from a grid between full range and less.
+
+    Integers run over all that can be stored, -2^(bits-1) included: the extreme weight of a group that is negative
+    fits with a smaller step. With `negative`, scales may be negative, so that this holds for every group.
 
     Shapes: weight f32[N, K]; importance [K], mostly H's diagonal.
     """
     rows, width = weight.shape
     num_groups = chosen.scale_shape((rows, width))[-1]
-    groups = weight.unflatten(-1, (num_groups, -1))
     by_group = importance.clamp_min(1e-30).view(1, num_groups, -1)
-    low, high = groups.amin(-1), groups.amax(-1)
-    best: tuple[Tensor, Tensor | None] | None = None
+    step = max(1, _CACHED // width)
+    found = [
+        _search_block(part.unflatten(-1, (num_groups, -1)), chosen, by_group, smallest, negative)
+        for part in weight.split(step)
+    ]
+    zeros = [zero for _, zero in found if zero is not None]
+    scale = torch.cat([scale for scale, _ in found])
+    return Grid(scale, torch.cat(zeros) if zeros else None, chosen.lowest_stored, chosen.high)
+
+
+def _search_block(
+    groups: Tensor, chosen: QuantFormat, by_group: Tensor, smallest: float, negative: bool
+) -> tuple[Tensor, Tensor | None]:
+    low, high = torch.aminmax(groups, dim=-1)
+    best, kept = _range_grid(low, high, chosen)
     least = torch.full_like(low, torch.inf)
+    signs = (1.0, -1.0) if negative and chosen.symmetric else (1.0,)
     for ratio in torch.linspace(1.0, smallest, _SHRINK_STEPS).tolist():
-        scale, zero = _range_grid(low * ratio, high * ratio, chosen)
+        positive, zero = _range_grid(low * ratio, high * ratio, chosen)
         shift = 0.0 if zero is None else zero.unsqueeze(-1)
-        q = (groups / scale.unsqueeze(-1)).round_().add_(shift).clamp_(chosen.low, chosen.high)
-        error = ((q.sub_(shift)).mul_(scale.unsqueeze(-1)).sub_(groups).square_() * by_group).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        if best is None:
-            best = scale, zero
-        else:
-            kept = None if zero is None or best[1] is None else torch.where(better, zero, best[1])
-            best = torch.where(better, scale, best[0]), kept
-    assert best is not None
-    return Grid(*best, chosen.low, chosen.high)
+        for sign in signs:
+            scale = positive * sign
+            q = (groups / scale.unsqueeze(-1)).round_().add_(shift).clamp_(chosen.lowest_stored, chosen.high)
+            error = ((q.sub_(shift)).mul_(scale.unsqueeze(-1)).sub_(groups).square_().mul_(by_group)).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, scale, best)
+            kept = None if kept is None or zero is None else torch.where(better, zero, kept)
+    return best, kept
 
 
-def make_grid(weight: Tensor, chosen: QuantFormat, importance: Tensor | None) -> Grid:
+def make_grid(weight: Tensor, chosen: QuantFormat, importance: Tensor | None = None, *, negative: bool = False) -> Grid:
     """Scales from each group's range, or, with `importance` [K], those of the least weighted error."""
     if importance is not None:
-        return search_scales(weight, chosen, importance)
+        return search_scales(weight, chosen, importance, negative=negative)
     num_groups = chosen.scale_shape(tuple(weight.shape))[-1]
     low, high = torch.aminmax(weight.unflatten(-1, (num_groups, -1)), dim=-1)
-    return Grid(*_range_grid(low, high, chosen), chosen.low, chosen.high)
+    return Grid(*_range_grid(low, high, chosen), chosen.lowest_stored, chosen.high)
 
 
 def _range_grid(low: Tensor, high: Tensor, chosen: QuantFormat) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of groups that run from `low` to `high`."""
     if chosen.symmetric:
         scale = torch.maximum(-low, high) / chosen.high
         return torch.where(scale > 0, scale, 1.0), None
@@ -102,48 +121,57 @@ def _range_grid(low: Tensor, high: Tensor, chosen: QuantFormat) -> tuple[Tensor,
     return scale, (chosen.low - low / scale).round().clamp(chosen.low, chosen.high)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, act_order: bool = True) -> Tensor:
-    """Integers f32[N, K]: each column is rounded, and the rest take over its error as H says.
+class GptqSolver:
+    """GPTQ for the rows of one layer, which are independent: the factor of H⁻¹ is computed once.
 
-    Shapes: weight f32[N, K]; hessian f32[K, K], damped.
-    `act_order`: columns of the most active inputs first. Scales are fixed beforehand (static groups), so the order
-    costs nothing at run time.
+    Args:
+        hessian: f32[K, K], damped.
+        act_order: columns of the most active inputs first. Scales are fixed beforehand (static groups), so the order
+            costs nothing at run time.
 
     Raises:
         IrcError: H is not positive definite: more damping or more calibration data.
     """
-    width = weight.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(width)
-    scale, zero = (part[:, order] for part in grid.columns(width))
-    factor = _inverse_factor(hessian[order][:, order])
-    left = weight[:, order].clone()
-    found = torch.empty_like(left)
-    for start in range(0, width, _BLOCK):
-        stop = min(start + _BLOCK, width)
-        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
-        local = factor[start:stop, start:stop]
-        for i in range(stop - start):
-            column, s, z = block[:, i], scale[:, start + i], zero[:, start + i]
-            q = (column / s).round_().add_(z).clamp_(grid.low, grid.high)
-            found[:, start + i] = q
-            error = (column - (q - z) * s) / local[i, i]
-            block[:, i:].addr_(error, local[i, i:], alpha=-1)
-            errors[:, i] = error
-        left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    result = torch.empty_like(found)
-    result[:, order] = found
-    return result
+
+    def __init__(self, hessian: Tensor, *, act_order: bool = True) -> None:
+        diagonal = hessian.diagonal()
+        self._order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
+        self._factor = _inverse_factor(hessian[self._order[:, None], self._order])
+
+    def integers(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Integers f32[N, K] of rows f32[N, K]: each column is rounded, the rest take over its error as H says."""
+        width = weight.shape[1]
+        order, factor = self._order, self._factor
+        group_of = (order // (width // grid.scale.shape[1])).tolist()
+        scales = grid.scale.T.contiguous()  # columns are worked on as rows, whose numbers are neighbours in memory
+        zeros = None if grid.zero_point is None else grid.zero_point.T.contiguous()
+        left = weight[:, order]
+        found = torch.empty_like(weight)
+        for start in range(0, width, _BLOCK):
+            stop = min(start + _BLOCK, width)
+            block, local = left[:, start:stop].T.contiguous(), factor[start:stop, start:stop]
+            rounded, errors = torch.empty_like(block), torch.empty_like(block)
+            for i in range(stop - start):
+                scale = scales[group_of[start + i]]
+                zero = 0.0 if zeros is None else zeros[group_of[start + i]]
+                q = torch.div(block[i], scale, out=rounded[i]).round_().add_(zero).clamp_(grid.low, grid.high)
+                errors[i] = (block[i] - (q - zero) * scale) / local[i, i]
+                block[i:].addr_(local[i, i:], errors[i], alpha=-1)
+            found[:, order[start:stop]] = rounded.T
+            left[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
+        return found
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of H⁻¹."""
+    """The upper Cholesky factor of H⁻¹, in one f64 matrix beside H."""
     wide = hessian.double()
-    lower, info = torch.linalg.cholesky_ex(wide)
+    _, info = torch.linalg.cholesky_ex(wide, out=(wide, torch.empty((), dtype=torch.int32)))
     if int(info):
         raise IrcError(
             "the Gram matrix of its inputs is not positive definite: raise damping, or calibrate on more data"
         )
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    torch.cholesky_inverse(wide, out=wide)
+    _, info = torch.linalg.cholesky_ex(wide, upper=True, out=(wide, torch.empty((), dtype=torch.int32)))
     if int(info):
         raise IrcError("the inverse of its inputs' Gram matrix is not positive definite: raise damping")
-    return upper.float()
+    return wide.float()

@@ -109,7 +109,7 @@ def _distance_problem(
         return f"is shifted by {float(shift.max()):.2f} steps on average in row {int(shift.argmax())}"
     if nearest:
         integers = chosen.unpack(stored).unflatten(-1, (scale.shape[-1], -1))
-        inner = (integers > chosen.low) & (integers < chosen.high)
+        inner = (integers > chosen.lowest_stored) & (integers < chosen.high)
         off = torch.where(inner, steps.abs(), 0.0).flatten(1).amax(1).nan_to_num(nan=torch.inf)
         if float(off.max()) > _MAX_STEPS_OFF:
             row = int(off.argmax())

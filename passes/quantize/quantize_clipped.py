@@ -16,7 +16,7 @@ from torch import Tensor
 from irc.core.contract import register_pass
 from irc.core.errors import IrcError
 from irc.core.formats import QuantFormat
-from irc.passes.quantize._calibrated_weights import CalibratedWeights
+from irc.passes.quantize._calibrated_weights import CalibratedWeights, RowQuantizer
 from irc.passes.quantize._gptq import Grid, make_grid
 from irc.passes.quantize._gram import InputStatistics
 
@@ -46,17 +46,22 @@ class QuantizeClipped(CalibratedWeights):
             problems.append(f"steps must be at least 2, not {self.steps!r}")
         return problems
 
-    def quantize_layer(self, weight: Tensor, inputs: InputStatistics, form: QuantFormat) -> tuple[Tensor, Grid]:
+    def row_quantizer(self, inputs: InputStatistics, form: QuantFormat) -> RowQuantizer:
         if not bool(inputs.gram.isfinite().all()) or float(inputs.gram.diagonal().sum()) <= 0:
             raise IrcError("its inputs are zero in all calibration data")
-        num_groups = form.scale_shape(tuple(weight.shape))[-1]
+        num_groups = form.scale_shape((1, inputs.gram.shape[0]))[-1]
         gram = _diagonal_blocks(inputs.gram, num_groups)
+        return lambda rows: self._clipped(rows, gram, form)
+
+    def _clipped(self, weight: Tensor, gram: Tensor, form: QuantFormat) -> tuple[Tensor, Grid]:
+        """gram: [G, K / G, K / G], of each group's inputs with one another."""
+        num_groups = len(gram)
         groups = weight.unflatten(-1, (num_groups, -1))
         low, high = torch.aminmax(groups, dim=-1, keepdim=True)
         best: Grid | None = None
         least = torch.empty(0)
         for share in torch.linspace(1.0, self.shrink, self.steps).tolist():
-            grid = make_grid((groups.clamp(low * share, high * share)).flatten(1), form, None)
+            grid = make_grid((groups.clamp(low * share, high * share)).flatten(1), form)
             scale, zero = grid.columns(weight.shape[1])
             rounded = ((weight / scale).round_().add_(zero).clamp_(grid.low, grid.high).sub_(zero)).mul_(scale)
             miss = (weight - rounded).unflatten(-1, (num_groups, -1))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from irc.core.contract import register_pass
 from irc.core.formats import QuantFormat
-from irc.passes.quantize._calibrated_weights import CalibratedWeights
-from irc.passes.quantize._gptq import Grid, damped, gptq, make_grid
+from irc.passes.quantize._calibrated_weights import CalibratedWeights, RowQuantizer
+from irc.passes.quantize._gptq import GptqSolver, Grid, damped, make_grid
 from irc.passes.quantize._gram import InputStatistics
 
 _SEARCHES = ("absmax", "error")
@@ -32,6 +32,9 @@ class QuantizeGptq(CalibratedWeights):
         search: scales from the largest weight of a group (`absmax`), or from the least `error` of a group weighted
             by how active its inputs are.
         damping: share of the Gram matrix's mean diagonal that is added to it.
+        negative_scales: let `error` choose scales below zero, so that the extreme weight of every group, not only
+            of those where it is negative, can use the one integer that has no positive twin. TensorRT and some
+            other targets refuse such scales.
 
     Preserves: lossy, by bits.
     """
@@ -40,6 +43,7 @@ class QuantizeGptq(CalibratedWeights):
     act_order: bool = True
     search: str = "error"
     damping: float = 0.01
+    negative_scales: bool = False
 
     def option_problems(self) -> list[str]:
         problems = super().option_problems()
@@ -47,9 +51,17 @@ class QuantizeGptq(CalibratedWeights):
             problems.append(f"search must be one of {', '.join(_SEARCHES)}, not {self.search!r}")
         if not 0 < self.damping < 1:
             problems.append(f"damping must be between 0 and 1, not {self.damping!r}")
+        if self.negative_scales and (self.search != "error" or not self.symmetric):
+            problems.append("negative_scales needs search=error and a symmetric format")
         return problems
 
-    def quantize_layer(self, weight: Tensor, inputs: InputStatistics, form: QuantFormat) -> tuple[Tensor, Grid]:
+    def row_quantizer(self, inputs: InputStatistics, form: QuantFormat) -> RowQuantizer:
         gram = damped(inputs.gram, self.damping)
-        grid = make_grid(weight, form, gram.diagonal() if self.search == "error" else None)
-        return gptq(weight, gram, grid, act_order=self.act_order), grid
+        importance = gram.diagonal().clone() if self.search == "error" else None
+        solver = GptqSolver(gram, act_order=self.act_order)
+
+        def quantize(rows: Tensor) -> tuple[Tensor, Grid]:
+            grid = make_grid(rows, form, importance, negative=self.negative_scales)
+            return solver.integers(rows, grid), grid
+
+        return quantize

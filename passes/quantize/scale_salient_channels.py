@@ -77,7 +77,7 @@ class ScaleSalientChannels(Pass):
 def _output_error(weight: Tensor, factors: Tensor, gram: Tensor, chosen: QuantFormat) -> float:
     """tr(D·G·Dᵀ) with D = W - Q(W · s) / s: the mean squared error of the layer's outputs, summed over them."""
     scaled = weight * factors
-    difference = weight - round_to_grid(scaled, make_grid(scaled, chosen, None)) / factors
+    difference = weight - round_to_grid(scaled, make_grid(scaled, chosen)) / factors
     return float(((difference @ gram) * difference).sum())
 
 

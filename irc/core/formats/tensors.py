@@ -46,7 +46,18 @@ def quantize_tensor(x: Tensor, chosen: Format, scale_dtype: torch.dtype = torch.
 def dequantize_tensor(parts: Parts, chosen: Format, dtype: torch.dtype | None = None) -> Tensor:
     """The real numbers of a tensor in a format."""
     stored, scale, zero_point, tensor_scale = parts
-    return chosen.dequantize(stored, scale, zero_point, dtype or chosen.result_dtype(scale), tensor_scale)
+    dtype = dtype or chosen.result_dtype(scale)
+    shape = chosen.logical_shape(tuple(stored.shape))
+    step = max(1, BLOCK // max(1, shape[-1]))
+    if stored.device.type == "meta" or stored.ndim != 2 or shape[0] <= step:
+        return chosen.dequantize(stored, scale, zero_point, dtype, tensor_scale)
+    result = torch.empty(shape, dtype=dtype, device=stored.device)
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        own = scale if scale is None or chosen.per_tensor else scale[rows]
+        zeros = zero_point if zero_point is None or chosen.per_tensor else zero_point[rows]
+        result[rows] = chosen.dequantize(stored[rows], own, zeros, dtype, tensor_scale)
+    return result
 
 
 def _scales_of_whole(x: Tensor, chosen: Format, scale_dtype: torch.dtype) -> Scales:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from irc.core.dims import new_dim, new_fake_mode
 from irc.core.errors import IrcError, nearest
-from irc.core.hashing import META_HASH, content_hash, declare_hash
+from irc.core.hashing import META_HASH, content_hash, copy_hash, declare_hash
 from irc.core.program import VAL, Program, build_graph_module, describe
 from irc.core.sizes import symbolic_size
 from irc.core.text.header import Header, WeightDeclaration
@@ -126,7 +126,9 @@ def _checked(reader: Reader, name: str, declared: WeightDeclaration, tensor: Any
     digest = content_hash(tensor)
     if META_HASH not in (digest, declared.digest) and digest != declared.digest:
         raise reader.error(f"weight {name!r} has other values than declared (sha256:{digest})", declared.token)
-    return _as_kind(declared.kind, _laid_out(tensor, declared.type.strides))
+    result = _as_kind(declared.kind, _laid_out(tensor, declared.type.strides))
+    copy_hash(tensor, result)
+    return result
 
 
 def _laid_out(tensor: Tensor, strides: tuple[Any, ...] | None) -> Tensor:

@@ -1,0 +1,122 @@
+"""An ONNX file and a session of ONNX Runtime on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from irc.core.errors import StorageError, TargetError
+from irc.core.kv_cache import KVCache
+from irc.core.target import Artifact, Options, read_options
+from irc.lowering.onnx import installed
+from irc.lowering.onnx.options import OnnxOptions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+MODEL_FILE = "model.onnx"
+METADATA = "irc.metadata"
+"""Key of what the model says about itself, as JSON."""
+CONSECUTIVE = "consecutive_positions"
+"""In it: true when the positions of a step must count up by one in each row."""
+_EXTERNAL_BYTES = 1_900_000_000
+"""Weights beyond this go to a file of their own: an ONNX file cannot exceed 2 GB."""
+
+
+class OnnxArtifact(Artifact):
+    """An ONNX model file and a session of ONNX Runtime on it."""
+
+    target: ClassVar[str] = "onnx"
+
+    def __init__(self, path: Path, options: OnnxOptions, *, temporary: bool = False) -> None:
+        self.path, self.options = path, options
+        if temporary:  # the folder goes when the artifact does
+            weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+        self._session = _session(path, options)
+        metadata = _metadata(self._session)
+        super().__init__([value.name for value in self._session.get_inputs()], KVCache.from_metadata(metadata))
+        self.metadata = metadata
+        self.output_names = [value.name for value in self._session.get_outputs()]
+
+    def run(self, *inputs: Any) -> list[Any]:
+        self.check_inputs(inputs)
+        self._check_positions(inputs)
+        feeds = {}
+        for name, value in zip(self.input_names, inputs, strict=True):
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            if tensor.dtype == torch.bfloat16:
+                raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
+            feeds[name] = tensor.detach().cpu().contiguous().numpy()
+        return [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+
+    def _check_positions(self, inputs: Sequence[Any]) -> None:
+        """A step writes each row's tokens to consecutive places of the cache: other positions would go elsewhere."""
+        if self.kv_cache is None or not self.metadata.get(CONSECUTIVE):
+            return
+        positions = torch.as_tensor(self.kv_cache.split(inputs)[1])
+        if positions.shape[-1] > 1 and not bool((positions.diff(dim=-1) == 1).all()):
+            raise TargetError(
+                f"{self.path.name} takes positions that count up by one in each row; got {positions.tolist()}:"
+                " lower with opset=23 for any order"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        import onnx_ir as ir
+
+        target = Path(path)
+        if target.is_dir():
+            target = target / MODEL_FILE
+        write_model(ir.load(self.path), target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path, options: Options | None = None) -> OnnxArtifact:
+        file = Path(path)
+        if not file.is_file():
+            raise StorageError(f"{file} does not exist")
+        return cls(file, read_options(OnnxOptions, options, what="target onnx"))
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write a model aside and move it into place; weights above 2 GB in a file `<name>.data` beside it."""
+    import onnx_ir as ir
+
+    num_bytes = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    data = f"{path.name}.data" if num_bytes > _EXTERNAL_BYTES else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".irc-", dir=path.parent) as aside:
+        ir.save(model, Path(aside) / path.name, external_data=data)
+        for name in filter(None, (data, path.name)):
+            os.replace(Path(aside) / name, path.parent / name)
+
+
+def _session(path: Path, options: OnnxOptions) -> Any:
+    import onnxruntime
+
+    providers = installed.providers(options.providers)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    try:
+        return onnxruntime.InferenceSession(str(path), settings, providers=providers)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise TargetError(f"ONNX Runtime does not take {path.name}: {str(error).splitlines()[0]}") from error
+
+
+def _metadata(session: Any) -> dict[str, Any]:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise StorageError(f"the metadata {METADATA} of the model is damaged") from None
+    return found if isinstance(found, dict) else {}

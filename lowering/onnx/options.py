@@ -1,0 +1,40 @@
+"""Options of the target `onnx`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from irc.core.errors import OptionError
+from irc.lowering.onnx.installed import NEWEST_OPSET, OLDEST_OPSET
+
+FLAVOURS = ("portable", "ort")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions:
+    """Options of the target.
+
+    Attributes:
+        flavour: `portable`, operators of the ONNX standard only; `ort`, also ONNX Runtime's own.
+        opset: None: the newest one that was tested and that ONNX Runtime has kernels for.
+        providers: execution providers of ONNX Runtime, in order of preference: `cpu`, `cuda`, `tensorrt`, `openvino`,
+            `coreml`, … or their full names. Chosen when a model is run: a file serves all of them.
+        threads: of ONNX Runtime; None: its own choice.
+    """
+
+    flavour: str = "portable"
+    opset: int | None = None
+    providers: Sequence[str] = ("cpu",)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.flavour not in FLAVOURS:
+            problems.append(f"flavour must be one of {', '.join(FLAVOURS)}, not {self.flavour!r}")
+        if self.opset is not None and not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            problems.append(f"opset must be {OLDEST_OPSET} to {NEWEST_OPSET}, not {self.opset!r}")
+        if isinstance(self.providers, str) or not self.providers:
+            problems.append(f"providers is a list of names, not {self.providers!r}")
+        if problems:
+            raise OptionError("target onnx: " + "; ".join(problems))

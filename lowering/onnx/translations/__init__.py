@@ -1,0 +1,9 @@
+"""Translations of canonical operations: one file an operation; importing the package registers all of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
