@@ -269,14 +269,15 @@ class Reader:
             weight, bias = inner.args[1], inner.args[2] if len(inner.args) > 2 else None
             up_layer = Linear(weight, bias)  # type: ignore[arg-type]
             return Mlp(up_layer, linear_of(self.program, down), str(inner.kwargs["activation"])), inner.args[0]  # type: ignore[return-value]
-        activation = _activation(inner)
-        if activation is None:
+        plain = _activation(inner)
+        if plain is None:
             raise TargetError(
                 f"{_where(down)} is added to the residual stream, but closes neither an attention nor an MLP: it reads"
                 f" {inner.target}"
             )
-        hidden, source = self._hidden(inner.args[0])
-        return Mlp(hidden, linear_of(self.program, down), activation), linear_input(source)
+        before = inner.args[0]
+        hidden, source = self._hidden(before.args[0] if plain == "relu_squared" else before)  # type: ignore[union-attr]
+        return Mlp(hidden, linear_of(self.program, down), plain), linear_input(source)
 
     def _hidden(self, node: Any) -> tuple[Linear, fx.Node]:
         found = trace(self.program, node)
@@ -291,7 +292,7 @@ def _activation(node: fx.Node) -> str | None:
         approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
         return "gelu_tanh" if approximate == "tanh" else "gelu"
     if node.target is aten.mul.Tensor and node.args[0] is node.args[1] and isinstance(node.args[0], fx.Node):
-        return "relu_squared_of" if node.args[0].target is aten.relu.default else None
+        return "relu_squared" if node.args[0].target is aten.relu.default else None
     return PLAIN_ACTIVATIONS.get(node.target)
 
 
