@@ -49,8 +49,8 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
         f" int64_t length, int workers) {{\n"
         f"    return {template.scratch_expression(problem, args, paged=paged)};\n}}\n"
         f'extern "C" void {name}(int threads, const {query}* query, const {cache}* keys, const {cache}* values,'
-        f" const int64_t* positions, const float* sinks, int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries,"
-        f" int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table, int64_t table_stride,"
+        f" const int64_t* positions, const float* sinks, int64_t batch, int64_t heads, int64_t kv_heads,"
+        f" int64_t queries, int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table, int64_t table_stride,"
         f" uint8_t* scratch, float* out) {{\n"
         f"    (void)rows; (void)sequence_ids; (void)table; (void)table_stride;\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
@@ -141,8 +141,8 @@ def test_equals_the_reference(kernels: ctypes.CDLL, name: str) -> None:
         wanted, bound = _reference(problem, *by_head, None, None)
         for threads in (1, 3):
             found = _call(
-                kernels, name, threads, [batch, heads, kv_heads, queries, length], [query, keys, values, None, None], length,
-                None, problem.value_width,
+                kernels, name, threads, [batch, heads, kv_heads, queries, length],
+                [query, keys, values, None, None], length, None, problem.value_width,
             )  # fmt: skip
             _check(found, wanted, bound, f"{(batch, heads, kv_heads, queries, length)}, {threads} threads")
 
