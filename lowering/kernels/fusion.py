@@ -284,10 +284,10 @@ class _Scheduler:
         if not paged:
             position = self.definer.gathered(slot, target.shape[2])
             return (symbols[0], symbols[1], position, symbols[3]), None
-        page = target.shape[2]
+        page = target.shape[1]
         flat = self.definer.gathered(slot, target.shape[0] * page)
         when = Apply("ge", (slot, Literal(0, "i64")), "bool")
-        return (FloorDiv(flat, page), symbols[1], Mod(flat, page), symbols[2]), when
+        return (FloorDiv(flat, page), Mod(flat, page), symbols[1], symbols[2]), when
 
     def _cache_memory(self, node: fx.Node, cache: fx.Node) -> Buffer:
         outputs = self.program.outputs

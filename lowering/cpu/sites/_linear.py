@@ -79,3 +79,8 @@ def function(
 
 def rows_text(rows: sympy.Expr) -> str:
     return f"int64_t({size_text(rows, {})})"
+
+
+def matmul_body(epilogue: PrintedEpilogue, call: str) -> str:
+    """A matmul's call behind its epilogue, which it takes without its type (irc/columns.h)."""
+    return f"    const auto store = {epilogue.text};\n    const irc::Columns epilogue(store);\n    {call}"

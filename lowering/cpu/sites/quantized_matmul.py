@@ -19,7 +19,7 @@ from irc.lowering.cpp.printer import PrintedFunction, print_epilogue
 from irc.lowering.cpp.templates import quantized_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._linear import Linear, function, rows_of, rows_text
+from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of, rows_text
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
@@ -107,8 +107,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         call,
         (f"const {C_TYPES[problem.activation]}* x", "const uint8_t* packed", "uint8_t* scratch"),
         (memory, f"arguments.weights + {weights.offsets[name]}", "arguments.arena + scratch"),
-        "    " + template.call(problem, args, epilogue.text),
-        sizes=set(rows.free_symbols), includes=template.INCLUDES, epilogue=epilogue,
+        matmul_body(epilogue, template.call(problem, args, "epilogue")),
+        sizes=set(rows.free_symbols), includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
         scratch=f"{share} * ({problem.rows} * {a_row} + {3 * _ROUND})",
     )  # fmt: skip
 
