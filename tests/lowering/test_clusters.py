@@ -31,7 +31,7 @@ def test_random_clusters(seed: int) -> None:
         inputs = [torch.randn(batch, *v.shape[1:], generator=torch.Generator().manual_seed(seed)) for v in (x, y)]
         expected, found = program.run(*inputs), artifact.run(*inputs)
         for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-            torch.testing.assert_close(b, a, rtol=2e-5, atol=2e-5, equal_nan=True,
-                                       msg=lambda text, n=number: f"seed {seed}, output {n}: {text}\n{program}")  # fmt: skip
-
-
+            told = f"seed {seed}, output {number}\n{program}"
+            torch.testing.assert_close(
+                b, a, rtol=2e-5, atol=2e-5, equal_nan=True, msg=lambda text, t=told: f"{text}\n{t}"
+            )

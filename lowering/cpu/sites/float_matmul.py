@@ -77,7 +77,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         (f"const {C_TYPES[problem.activation]}* x", "const uint8_t* packed", "uint8_t* scratch"),
         (memory, f"arguments.weights + {weights.offsets[name]}", "arguments.arena + scratch" if a_row else "nullptr"),
         matmul_body(epilogue, template.call(problem, args, "epilogue")),
-        sizes=set(rows_of(memory.shape).free_symbols), includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+        sizes=set(rows_of(memory.shape).free_symbols), includes=(*template.INCLUDES, "irc/columns.h"),
+        epilogue=epilogue,
         scratch=f"{share} * ({problem.rows} * {a_row} + {_ROUND})" if a_row else "",
     )  # fmt: skip
 
