@@ -95,7 +95,7 @@ class GgufModel(nn.Module):
 
     def part(self, name: str) -> Part | None:
         key = name.replace(".", "/")
-        found = self.parts[key] if key in self.parts else None
+        found = self.parts[key] if key in self.parts else None  # noqa: SIM401 - a ModuleDict has no get
         assert found is None or isinstance(found, Part)
         return found
 

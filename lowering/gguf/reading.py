@@ -174,7 +174,8 @@ class _Parser:
         size = num_bytes(shape, kind) if count < 1 << 62 else len(self.data) + 1
         if start + size > len(self.data):
             raise self.fail(
-                f"tensor {name!r} ({kind}, {list(shape)}) would lie at bytes {start} to {start + size} of {len(self.data)}"
+                f"tensor {name!r} ({kind}, {list(shape)}) would lie at bytes {start} to {start + size} of"
+                f" {len(self.data)}"
             )
         raw = torch.frombuffer(self.data, dtype=torch.uint8, count=size, offset=start)
         if kind in FLOATS:
