@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
+_CPU_NAMES = ("cpu", "CPUExecutionProvider")
 METADATA = "irc.metadata"
 """Key of what the model says about itself, as JSON."""
 CONSECUTIVE = "consecutive_positions"
 """In it: true when the positions of a step must count up by one in each row."""
+WRITES_PART = "writes_part_of_caches"
+"""In it: true when new caches hold only what has been written, unless they are the same memory as the old."""
 _EXTERNAL_BYTES = 1_900_000_000
 """Weights beyond this go to a file of their own: an ONNX file cannot exceed 2 GB."""
 
@@ -50,13 +53,36 @@ class OnnxArtifact(Artifact):
     def run(self, *inputs: Any) -> list[Any]:
         self.check_inputs(inputs)
         self._check_positions(inputs)
-        feeds = {}
-        for name, value in zip(self.input_names, inputs, strict=True):
-            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            if tensor.dtype == torch.bfloat16:
-                raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
-            feeds[name] = tensor.detach().cpu().contiguous().numpy()
-        return [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+        tensors = [value if isinstance(value, Tensor) else torch.as_tensor(value) for value in inputs]
+        feeds = {name: _array(name, tensor) for name, tensor in zip(self.input_names, tensors, strict=True)}
+        outputs = [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+        return self._with_rest(tensors, outputs) if self.metadata.get(WRITES_PART) else outputs
+
+    def _with_rest(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """The new caches with what was behind the last token: the operator leaves memory of its own unwritten there."""
+        assert self.kv_cache is not None
+        _, positions, _, caches = self.kv_cache.split(inputs)
+        unwritten = torch.arange(self.kv_cache.max_length) > positions[:, -1:].cpu()
+        mask = unwritten[:, None, :, None]
+        return [outputs[0], *(torch.where(mask, old.cpu(), new) for old, new in zip(caches, outputs[1:], strict=True))]
+
+    def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
+        """Logits [B, R, V] of one step. On the CPU, `caches` of the flavour `ort` are written in place."""
+        if not self.metadata.get(WRITES_PART) or self.options.providers[0] not in _CPU_NAMES:
+            return super().step(caches, tokens, positions, logit_indices)
+        self._check_positions((tokens, positions, logit_indices, *caches))
+        caches[:] = [cache.contiguous() for cache in caches]
+        binding = self._session.io_binding()
+        for name, value in zip(self.input_names, (tokens, positions, logit_indices), strict=False):
+            binding.bind_cpu_input(name, _array(name, value))
+        binding.bind_output(self.output_names[0], "cpu")
+        for index, cache in enumerate(caches):
+            kind = _array(self.input_names[index + 3], cache[:0]).dtype.type
+            place = ("cpu", 0, kind, tuple(cache.shape), cache.data_ptr())
+            binding.bind_input(self.input_names[index + 3], *place)
+            binding.bind_output(self.output_names[index + 1], *place)
+        self._session.run_with_iobinding(binding)
+        return torch.from_numpy(binding.get_outputs()[0].numpy())
 
     def _check_positions(self, inputs: Sequence[Any]) -> None:
         """A step writes each row's tokens to consecutive places of the cache: other positions would go elsewhere."""
@@ -84,6 +110,12 @@ class OnnxArtifact(Artifact):
         if not file.is_file():
             raise StorageError(f"{file} does not exist")
         return cls(file, read_options(OnnxOptions, options, what="target onnx"))
+
+
+def _array(name: str, tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 def write_model(model: ir.Model, path: Path) -> None:

@@ -25,10 +25,16 @@ Builder = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a program is lowered for: `flavour`, `opset`, and whether keys are kept in a cache."""
+    """What a program is lowered for.
+
+    Attributes:
+        flavour, opset: see `OnnxOptions`.
+        accuracy_level: of `MatMulNBits`; None: ONNX Runtime's default.
+    """
 
     flavour: str
     opset: int
+    accuracy_level: int | None = None
 
 
 @dataclass(frozen=True)
