@@ -137,6 +137,10 @@ def _session(path: Path, options: OnnxOptions) -> Any:
     providers = installed.providers(options.providers)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
+    # Without it, kernels for processors without VNNI saturate sums of products of signed 8-bit weights.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    # ONNX Runtime makes MatMulNBits of float products over 8-bit weights; by default that would round activations.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level or 1))
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     try:

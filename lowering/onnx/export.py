@@ -43,7 +43,7 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 def setting_of(options: OnnxOptions) -> Setting:
     """What a program is lowered for, with the opset chosen."""
-    return Setting(options.flavour, options.opset or newest_opset(), options.accuracy_level)
+    return Setting(options.flavour, options.opset or newest_opset(), options.accuracy_level, options.integers)
 
 
 def export_model(program: Program, setting: Setting) -> ir.Model:

@@ -29,12 +29,13 @@ class Setting:
 
     Attributes:
         flavour, opset: see `OnnxOptions`.
-        accuracy_level: of `MatMulNBits`; None: ONNX Runtime's default.
+        accuracy_level, integers: see `OnnxOptions`.
     """
 
     flavour: str
     opset: int
     accuracy_level: int | None = None
+    integers: str = "qdq"
 
 
 @dataclass(frozen=True)
