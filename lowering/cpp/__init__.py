@@ -1,0 +1,1 @@
+"""C++: headers with the kernels, templates that call them, and the printer of generated loops."""

@@ -1,0 +1,79 @@
+// A persistent pool of threads for steps written in SPMD style: every worker runs the same function, shares
+// loops by `for_chunks` and meets the others at `barrier`. One fork and one join a step, not a call a loop.
+//
+// Waiting spins for a short while and then sleeps on a futex, so that a step still makes progress when another
+// process takes one of the cpus away. Declarations only, so that units compiled for different instruction sets
+// share one pool; exactly one unit includes pool_impl.h.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace irc {
+
+class Pool;
+
+// One thread's view of the pool. `index` runs from 0 (the caller of `run`) to `count` - 1.
+struct Worker {
+    int index = 0;
+    int count = 1;
+    std::uint32_t phase = 0;  // number of shared loops so far; equal on all workers between two barriers
+    Pool* pool = nullptr;
+
+    // Returns when all workers have called it; what they wrote before is visible after.
+    void barrier();
+
+    // One chunk of the range that belongs to `owner` in this phase: its number, or -1 when none is left.
+    std::int64_t take(int owner, std::int64_t first, std::int64_t last);
+};
+
+class Pool {
+public:
+    using Body = void (*)(Worker&, void*);
+
+    // `threads` includes the calling thread; waiting spins for `spin_us` microseconds before it sleeps.
+    explicit Pool(int threads, int spin_us = 100);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int size() const { return threads_; }
+
+    // Runs `body` on every worker and returns when all are done. One caller at a time.
+    void run(Body body, void* context);
+
+    template <class Function>
+    void run(Function& function) {
+        run([](Worker& worker, void* context) { (*static_cast<Function*>(context))(worker); }, &function);
+    }
+
+private:
+    friend struct Worker;
+    struct State;
+    State* state_;
+    int threads_;
+};
+
+// Calls body(chunk) once for each chunk in [0, chunks), each on one of the workers. Every worker has to call it,
+// in the same order. A worker takes its own contiguous share in ascending order (one stream of memory a thread)
+// and then helps the others, so a worker whose cpu is taken away does not hold up the rest. No barrier at the end.
+template <class Body>
+inline void for_chunks(Worker& worker, std::int64_t chunks, Body&& body) {
+    if (worker.count == 1) {
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk);
+        return;
+    }
+    ++worker.phase;
+    for (int step = 0; step < worker.count; ++step) {
+        const int owner = (worker.index + step) % worker.count;
+        const std::int64_t first = chunks * owner / worker.count;
+        const std::int64_t last = chunks * (owner + 1) / worker.count;
+        for (;;) {
+            const std::int64_t chunk = worker.take(owner, first, last);
+            if (chunk < 0) break;
+            body(chunk);
+        }
+    }
+}
+
+}  // namespace irc

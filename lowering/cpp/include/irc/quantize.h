@@ -1,0 +1,132 @@
+// Activations [M, K] to signed bytes with one scale a row (token): scale = max |x| / 127, or 1 for a row of zeros;
+// q = round half to even(x / scale). The integers are those of irc's `int8.row`. A row with NaN or infinity gets the
+// scale NaN, so that it shows in the result.
+//
+// Rows are stored in tiles of up to `tile_height` rows, the way the matrix product reads them: tile t holds rows
+// M t / T to M (t + 1) / T of T tiles as [depth / 4][rows of the tile][4].
+#pragma once
+
+#include "irc/dot8.h"
+#include "irc/pool.h"
+
+IRC_BEGIN
+
+#if defined(IRC_AVX512)
+constexpr int tile_height = 12;
+#else
+constexpr int tile_height = 6;
+#endif
+
+// M rows cut into tiles of nearly equal height.
+struct Tiles {
+    int64_t rows, count;
+    explicit Tiles(int64_t num_rows) : rows(num_rows), count(ceil_div(num_rows, tile_height)) {}
+    int64_t first(int64_t tile) const { return rows * tile / count; }
+    int64_t height(int64_t tile) const { return first(tile + 1) - first(tile); }
+};
+
+IRC_INLINE void store_i8(int8_t* p, f32x16 x) {
+#if defined(IRC_AVX512)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+#elif defined(IRC_AVX2)
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+#else
+    for (int i = 0; i < 16; ++i) {
+        const float v = std::nearbyint(x.v[i]);
+        p[i] = static_cast<int8_t>(v >= -128.0f && v <= 127.0f ? v : v > 0 ? 127.0f : -128.0f);  // NaN: -128
+    }
+#endif
+}
+
+// Sums of 32 bytes at even and odd pairs of neighbours: (0, 1, 4, 5, …) and (2, 3, 6, 7, …).
+struct PairSums {
+    int32_t even, odd;
+};
+
+IRC_INLINE PairSums pair_sums(const int8_t* p) {
+#if defined(IRC_PLAIN)
+    PairSums sums{0, 0};
+    for (int i = 0; i < 32; i += 4) {
+        sums.even += p[i] + p[i + 1];
+        sums.odd += p[i + 2] + p[i + 3];
+    }
+    return sums;
+#else
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));
+    const int32_t both = _mm_cvtsi128_si32(sum);
+    return {static_cast<int16_t>(both), static_cast<int16_t>(both >> 16)};
+#endif
+}
+
+// How sums of activations start an accumulator (see dot8.h).
+enum class Seeds { none, whole, pairs };
+
+template <Seeds kind>
+IRC_INLINE int32_t make_seed(PairSums sums, int32_t factor) {
+    if constexpr (kind == Seeds::pairs) {
+        const uint32_t even = static_cast<uint16_t>(sums.even * factor), odd = static_cast<uint16_t>(sums.odd * factor);
+        return static_cast<int32_t>(even | odd << 16);
+    }
+    return (sums.even + sums.odd) * factor;
+}
+
+// max |x| of a row, NaN where an entry is not finite.
+template <class Input>
+IRC_INLINE float largest(const Input* x, int64_t size) {
+    f32x16 top = zero(), broken = zero();
+    for (int64_t k = 0; k < size; k += 16) {
+        const f32x16 v = load_part(x + k, size - k);
+        top = max(top, abs(v));
+        broken = fma(v, zero(), broken);
+    }
+    return reduce_max(top) + reduce_add(broken);
+}
+
+// One row into its place in a tile. `segment` is the number of neighbours that share a seed (at most 32), `group` the
+// weights' group: segments do not cross it.
+template <Seeds kind, class Input>
+inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t group, int32_t factor, int64_t height,
+                          int8_t* values, int32_t* seeds) {
+    const float top = largest(x, size);
+    const float scale = top == 0.0f ? 1.0f : top / 127.0f;
+    const f32x16 divisor = set1(scale);
+    int64_t segment_index = 0;
+    for (int64_t start = 0; start < depth; start += group) {
+        for (int64_t k = start; k < start + group; k += segment_size) {
+            const int64_t length = min_of(segment_size, start + group - k);
+            alignas(32) int8_t bytes[32] = {};
+            for (int64_t i = 0; i < length; i += 16) {
+                const int64_t left = min_of(length - i, size - k - i);
+                if (left > 0) store_i8(bytes + i, div(load_part(x + k + i, left), divisor));
+            }
+            for (int64_t i = 0; i < length; i += 4) std::memcpy(values + (k + i) * height, bytes + i, 4);
+            if constexpr (kind != Seeds::none) seeds[segment_index * height] = make_seed<kind>(pair_sums(bytes), factor);
+            ++segment_index;
+        }
+    }
+    return scale;
+}
+
+// Where quantized rows lie: values [M depth], seeds [M segments], scales [M].
+struct QuantizedRows {
+    int8_t* values;
+    int32_t* seeds;
+    float* scales;
+
+    static int64_t bytes(int64_t rows, int64_t depth, int64_t segments) {
+        return round_up(rows * depth, 64) + round_up(rows * segments * 4, 64) + round_up(rows * 4, 64);
+    }
+    QuantizedRows(uint8_t* memory, int64_t rows, int64_t depth, int64_t segments)
+        : values(reinterpret_cast<int8_t*>(memory)),
+          seeds(reinterpret_cast<int32_t*>(memory + round_up(rows * depth, 64))),
+          scales(reinterpret_cast<float*>(memory + round_up(rows * depth, 64) + round_up(rows * segments * 4, 64))) {}
+};
+
+IRC_END

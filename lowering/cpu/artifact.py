@@ -1,0 +1,195 @@
+"""The artifact of target `cpu`: shared object, weights and manifest; runs without the model it came from."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.kv_cache import KVCache
+from irc.core.target import Artifact, Options, read_options
+from irc.lowering.cpp.build import build, supported_isas
+from irc.lowering.cpu.library import Library, Signature, default_threads
+from irc.lowering.cpu.options import CpuOptions
+
+MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
+FORMAT = 1
+
+
+class CpuArtifact(Artifact):
+    """A program built for this machine's processor."""
+
+    target: ClassVar[str] = "cpu"
+
+    def __init__(
+        self, manifest: Mapping[str, Any], source: str, weights: Tensor, options: CpuOptions, *,
+        folder: Path | None = None, notes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        try:
+            self.signature = Signature(manifest["dims"], manifest["inputs"], manifest["outputs"])
+            kv_cache = KVCache.from_metadata(manifest["metadata"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StorageError(f"the manifest of a cpu artifact is damaged: {error!r}") from error
+        super().__init__([name for name, _ in self.signature.inputs], kv_cache, notes)
+        self.manifest, self.source, self.options = dict(manifest), source, options
+        self.isa = choose_isa(options.isa)
+        self._weights = weights
+        self.object_path = _prebuilt(folder, self.isa) or build(source, isa=self.isa, flags=options.flags)
+        self._library = Library(self.object_path, weights, options.threads or default_threads())
+        self._written = {i for i in self.signature.in_place if i is not None}
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weights.numel()
+
+    @property
+    def threads(self) -> int:
+        return self._library.threads
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes that the last step's temporary values took."""
+        return self._library.arena_bytes
+
+    def run(self, *inputs: Any) -> list[Any]:
+        self.check_inputs(inputs)
+        given = [_dense(value) for value in inputs]
+        for index in self._written:
+            if given[index] is inputs[index]:
+                given[index] = given[index].clone()
+        return self._run(given)
+
+    def _run(self, given: Sequence[Tensor]) -> list[Any]:
+        """Flat outputs; inputs that an output continues are written into."""
+        sizes = self.signature.sizes(given)
+        results: list[Any] = []
+        made: list[Tensor | None] = []
+        for shape, dtype, source in zip(
+            self.signature.results(sizes), self.signature.outputs, self.signature.in_place, strict=True
+        ):
+            if dtype is None:
+                results.append(shape[0])
+                made.append(None)
+            elif source is not None:
+                results.append(given[source])
+                made.append(None)
+            else:
+                results.append(torch.empty(shape, dtype=dtype))
+                made.append(results[-1])
+        self._library.run(sizes, given, made)
+        return results
+
+    def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
+        self._cache()
+        given = [_dense(tokens), _dense(positions), _dense(logit_indices), *caches]
+        if not all(cache.is_contiguous() for cache in caches):
+            raise OptionError("caches must be dense: take them from new_caches")
+        logits, *caches[:] = self._run(given)
+        return logits
+
+    # ------------------------------------------------------------ storage
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder: manifest, source, C header, weights, and a shared object for each instruction set.
+
+        With a name that ends in `.irca` too. An existing folder is replaced, if it is an artifact.
+        """
+        from irc.lowering.cpu.header import header_text
+
+        target = Path(path)
+        if target.exists() and not (target / MANIFEST).is_file():
+            raise StorageError(f"{target} exists and is no cpu artifact: it is left alone")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            (work / MANIFEST).write_text(json.dumps({**self.manifest, "isas": list(self._isas())}, indent=1) + "\n")
+            (work / SOURCE).write_text(self.source)
+            (work / HEADER).write_text(header_text(self.manifest))
+            with open(work / WEIGHTS, "wb") as file:
+                file.write(self._weights.numpy().data)
+            for isa in self._isas():
+                shutil.copyfile(build(self.source, isa=isa, flags=self.options.flags), work / f"program.{isa}.so")
+            work.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(work, target)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        return target
+
+    def _isas(self) -> Sequence[str]:
+        return self.options.save_isas or (self.isa,)
+
+    @classmethod
+    def load(cls, path: str | Path, options: Options | None = None) -> CpuArtifact:
+        folder = Path(path)
+        if not (folder / MANIFEST).is_file():
+            raise StorageError(f"{folder} is no cpu artifact: it has no {MANIFEST}")
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            source = (folder / SOURCE).read_text()
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{folder} is damaged: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("target") != cls.target:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise StorageError(f"{folder / MANIFEST} is of format {found!r}; this version reads {FORMAT}")
+        weights = _mapped(folder / WEIGHTS, manifest.get("weight_bytes"))
+        chosen = read_options(CpuOptions, options, what="target cpu")
+        return cls(manifest, source, weights, chosen, folder=folder, notes=manifest.get("notes", ()))
+
+
+def choose_isa(wanted: str | None) -> str:
+    """The instruction set to build for: the one asked for, else the most capable that the processor has.
+
+    Raises:
+        TargetError: the processor lacks it.
+    """
+    found = supported_isas()
+    if wanted is None:
+        return found[-1]
+    if wanted not in found:
+        raise TargetError(f"this processor has no {wanted}; it has {', '.join(found)}")
+    return wanted
+
+
+def _prebuilt(folder: Path | None, isa: str) -> Path | None:
+    """The object that came with an artifact, if it has one for the instruction set."""
+    if folder is None:
+        return None
+    path = folder / f"program.{isa}.so"
+    return path if path.is_file() else None
+
+
+def _dense(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cpu":
+        raise OptionError(f"target cpu takes tensors on the cpu, not on {value.device}")
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def _mapped(path: Path, expected: Any) -> Tensor:
+    """A file's bytes, mapped: pages come when they are read and are shared between processes."""
+    try:
+        size = path.stat().st_size
+        if size != expected:
+            raise StorageError(f"{path} has {size} bytes, its manifest says {expected}")
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from None
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+assert ctypes.sizeof(ctypes.c_void_p) == 8, "the interface of built programs assumes 64-bit addresses"

@@ -1,0 +1,170 @@
+"""The target `cpu`: check, and lowering from a program to an artifact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar
+
+import sympy
+import torch.fx as fx
+from torch import Tensor
+
+from irc.core.contract import Pass
+from irc.core.errors import TargetError
+from irc.core.program import VAL, Program, dtype_name
+from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
+from irc.lowering.cpp.build import find_compiler, require_compiler
+from irc.lowering.cpp.printer import unsupported
+from irc.lowering.cpu.artifact import FORMAT, CpuArtifact
+from irc.lowering.cpu.memory import plan_memory
+from irc.lowering.cpu.options import CpuOptions
+from irc.lowering.cpu.prepare import fold_constants
+from irc.lowering.cpu.source import dims_of, hints_of, print_program
+from irc.lowering.cpu.templates import matchers
+from irc.lowering.cpu.weights import WeightBlock
+from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
+from irc.lowering.kernels.definitions import Call, Definer, definition_of
+from irc.lowering.kernels.fusion import Schedule, make_schedule
+from irc.lowering.kernels.kernel import Kernel
+from irc.lowering.kernels.sites import first_match
+from irc.lowering.reference.target import portable_passes
+
+_STATEMENTS = ("irc.cache_write", "irc.paged_cache_write")
+
+
+@register_target
+class CpuTarget(Target):
+    """C++ for the processor of this machine."""
+
+    name: ClassVar[str] = "cpu"
+    description: ClassVar[str] = "the whole program as one C++ function, built by the system's compiler"
+    options_type: ClassVar[type] = CpuOptions
+    artifact_type: ClassVar[type[Artifact]] = CpuArtifact
+
+    def available(self) -> str | None:
+        if find_compiler() is not None:
+            return None
+        return "no C++ compiler was found ($CXX, g++, clang++); install one, or use target 'reference'"
+
+    def check(self, program: Program) -> Coverage:
+        return check(program, CpuOptions())
+
+    def lower(self, program: Program, options: Options | None = None) -> CpuArtifact:
+        chosen = read_options(CpuOptions, options, what="target cpu")
+        require_compiler()
+        check(program, chosen).require(program)
+        own, notes = fold_constants(program, _matchers(chosen))
+        schedule = make_schedule(own, _matchers(chosen))
+        _require_printable(schedule)
+        weights = WeightBlock()
+        plan = plan_memory(schedule, hints_of(own))
+        printed = print_program(own, schedule, plan, weights, dims_of(own))
+        kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
+        notes.append(
+            f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
+            f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
+        )
+        manifest = _manifest(own, schedule, weights, notes)
+        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes)
+
+    def default_passes(self, program: Program) -> list[Pass]:
+        return portable_passes(program)
+
+
+def _matchers(options: CpuOptions) -> list[Any]:
+    return matchers() if options.templates else []
+
+
+def check(program: Program, options: CpuOptions) -> Coverage:
+    """What has a kernel template, what is printed as loops, and what cannot be done."""
+    coverage = Coverage("cpu")
+    definer = Definer(program)
+    supported: Counter[str] = Counter()
+    refused: Counter[tuple[str, str]] = Counter()
+    fallbacks: Counter[tuple[str, str]] = Counter()
+    for node in program.operations():
+        reason = _why_not(program, definer, node)
+        if reason is not None and not _constant(node):
+            refused[op_name(node), reason] += 1
+            continue
+        supported[op_name(node)] += 1
+        definition = definition_of(node)
+        if (
+            definition is not None
+            and definition.kind == "product"
+            and not first_match(_matchers(options), definer, node)
+        ):
+            fallbacks[op_name(node), "printed as plain loops: no template takes it"] += 1
+    coverage.supported = dict(supported.most_common())
+    coverage.fallbacks = [Concern(op, count, reason) for (op, reason), count in fallbacks.items()]
+    coverage.refused = [Concern(op, count, reason) for (op, reason), count in refused.items()]
+    for node in program.placeholders:
+        if not isinstance(node.meta.get(VAL), Tensor):
+            coverage.refused.append(Concern("input", 1, f"{node.target} is no tensor"))
+    return coverage
+
+
+def _constant(node: fx.Node) -> bool:
+    """Computed from weights alone: done when the program is lowered."""
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(
+        used.op == "get_attr" or (used.op == "call_function" and _constant(used)) for used in inputs
+    )
+
+
+def _why_not(program: Program, definer: Definer, node: fx.Node) -> str | None:
+    value = node.meta.get(VAL)
+    for one in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(one, Tensor) and (one.is_complex() or dtype_name(one.dtype) not in ITEM_BYTES):
+            return f"numbers of type {one.dtype}"
+    if op_name(node) in _STATEMENTS:
+        return None
+    definition = definition_of(node)
+    if definition is None:
+        return "no definition of the operation by element"
+    reader = next((user for user in node.users), node) if isinstance(value, (tuple, list)) else node
+    return definition.refuses(Call(definer, reader if isinstance(value, (tuple, list)) else node))
+
+
+def _require_printable(schedule: Schedule) -> None:
+    missing = sorted({op for step in schedule.steps if isinstance(step, Kernel) for op in unsupported(step)})
+    if missing:
+        raise TargetError(f"the C++ printer lacks {', '.join(missing)}")
+
+
+def _manifest(program: Program, schedule: Schedule, weights: WeightBlock, notes: list[str]) -> dict[str, Any]:
+    outputs: list[dict[str, Any]] = []
+    for i, buffer in enumerate(schedule.outputs):
+        if isinstance(buffer, Buffer):
+            outputs.append({"dtype": buffer.dtype, "shape": [python_size(s) for s in buffer.shape],
+                            "in_place": schedule.in_place.get(i)})  # fmt: skip
+        else:
+            outputs.append({"value": python_size(buffer)})
+    inputs = [
+        {"name": str(node.target), "dtype": dtype_name(node.meta[VAL].dtype),
+         "shape": [python_size(s) for s in program.shape_expr(node)]}
+        for node in program.placeholders
+    ]  # fmt: skip
+    dims = [{"name": d.name, "minimum": d.minimum, "maximum": d.maximum} for d in program.dims.values()]
+    return {
+        "format": FORMAT, "target": "cpu", "name": program.name, "dims": dims, "inputs": inputs, "outputs": outputs,
+        "metadata": program.metadata, "weight_bytes": max(weights.num_bytes, 64), "notes": notes,
+    }  # fmt: skip
+
+
+def python_size(expr: Any) -> str:
+    """A size as a Python expression over dimension names."""
+    expr = sympy.sympify(expr)
+    kind = type(expr).__name__
+    if expr.is_Symbol or expr.is_Integer or expr.is_Float:
+        return str(expr)
+    args = [python_size(a) for a in expr.args]
+    if kind in ("Add", "Mul"):
+        return "(" + {"Add": " + ", "Mul": " * "}[kind].join(args) + ")"
+    if kind in ("FloorDiv", "CleanDiv", "Mod", "PythonMod"):
+        return f"({args[0]} {'%' if 'Mod' in kind else '//'} {args[1]})"
+    if kind in ("Max", "Min"):
+        return f"{kind.lower()}({', '.join(args)})"
+    if kind in ("Pow", "PowByNatural"):
+        return f"({args[0]} ** {args[1]})"
+    raise TargetError(f"a size {expr} cannot be written down")

@@ -1,0 +1,142 @@
+"""Target cpu: same numbers as the reference, caches in place, artifacts that run without the program."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.program import Program
+from irc.core.target import Artifact, get_target
+from irc.frontend import capture
+from irc.lowering.cpp.build import find_compiler, supported_isas
+from tests.lowering import steps
+
+CPU = get_target("cpu")
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler (g++ or clang++)")
+
+
+@functools.cache
+def lowered(name: str, isa: str | None = None) -> Artifact:
+    return CPU.lower(getattr(steps, name)(), {"isa": isa, "threads": 2})
+
+
+@pytest.mark.parametrize("name", ["decoder", "step", "cnn"])
+def test_same_numbers_at_other_sizes(name: str) -> None:
+    check = lowered(name).verify(getattr(steps, name)())
+    assert check.passed, str(check)
+    assert check.relative < 2e-6
+
+
+def test_plain_instructions_give_the_same_numbers() -> None:
+    check = lowered("step", "plain").verify(steps.step())
+    assert check.passed, str(check)
+
+
+def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
+    artifact = lowered("step")
+    caches = artifact.new_caches(2)
+    tokens = steps.tokens(2, 4)
+    positions = torch.arange(4).expand(2, -1).contiguous()
+    outputs = artifact.run(tokens, positions, positions, *caches)
+    assert all(not cache.any() for cache in caches)
+    addresses = [cache.data_ptr() for cache in caches]
+    logits = artifact.step(caches, tokens, positions, positions)
+    assert [cache.data_ptr() for cache in caches] == addresses
+    for cache, output in zip(caches, outputs[1:], strict=True):
+        assert torch.equal(cache, output)
+    assert torch.equal(logits, outputs[0])
+
+
+def test_saved_and_loaded_without_the_program(tmp_path: Path) -> None:
+    program = steps.step()
+    written = lowered("step").save(tmp_path / "step.irca")
+    assert {p.name for p in written.iterdir()} == {
+        "manifest.json", "program.cpp", "program.h", "weights.bin", f"program.{supported_isas()[-1]}.so",
+    }  # fmt: skip
+    loaded = CPU.load(written)
+    assert loaded.kv_cache == lowered("step").kv_cache
+    assert loaded.verify(program).relative < 2e-6
+    lowered("step").save(written)  # over itself
+
+
+def test_damaged_artifacts(tmp_path: Path) -> None:
+    written = lowered("cnn").save(tmp_path / "a")
+    weights = (written / "weights.bin").read_bytes()
+    (written / "weights.bin").write_bytes(weights[:-64])
+    with pytest.raises(StorageError, match=r"has \d+ bytes, its manifest says"):
+        CPU.load(written)
+    (written / "weights.bin").write_bytes(weights)
+    manifest = (written / "manifest.json").read_text()
+    (written / "manifest.json").write_text(manifest.replace('"B"', '"__import__"', 1))
+    with pytest.raises((StorageError, TargetError)):
+        CPU.load(written)
+    (written / "manifest.json").write_text(manifest.replace('"3"', '"().__class__"', 1))
+    with pytest.raises(StorageError, match="is no size"):
+        CPU.load(written)
+    with pytest.raises(StorageError, match=r"has no manifest\.json"):
+        CPU.load(tmp_path / "nowhere")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(StorageError, match="left alone"):
+        lowered("cnn").save(tmp_path / "mine")
+
+
+def test_wrong_inputs_and_options() -> None:
+    artifact = lowered("cnn")
+    with pytest.raises(OptionError, match=r"takes f32\[B, 3, 8, 8\]"):
+        artifact.run(torch.zeros(2, 3, 8, 9))
+    with pytest.raises(OptionError, match=r"is f64\[2, 3, 8, 8\]"):
+        artifact.run(torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(OptionError, match="no instruction set is called 'avx3'"):
+        CPU.lower(steps.cnn(), {"isa": "avx3"})
+    with pytest.raises(OptionError, match="threads must be positive"):
+        CPU.lower(steps.cnn(), {"threads": 0})
+
+
+def test_no_compiler_is_said_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler was found" in (CPU.available() or "")
+    with pytest.raises(TargetError, match="install one .* or use target 'reference'"):
+        CPU.lower(steps.cnn())
+
+
+class _Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort().values
+
+
+def test_what_is_not_supported_is_listed() -> None:
+    program = capture(_Sorted(), (torch.randn(3, 4),), name="sorted")
+    assert [(c.op, c.reason) for c in CPU.check(program).refused] == [
+        ("aten.sort", "no definition of the operation by element")
+    ]
+    with pytest.raises(TargetError, match="aten.sort × 1"):
+        CPU.lower(program)
+
+
+def _program(module: nn.Module, *inputs: Tensor) -> Program:
+    return capture(module, inputs, name="small")
+
+
+class _Copies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        return y, y, x, self.w, y.t()
+
+
+def test_outputs_that_are_inputs_weights_or_one_another() -> None:
+    x = torch.randn(2, 3)
+    program = _program(_Copies(), x)
+    found = CPU.lower(program).run(x)
+    for a, b in zip(found, program.run(x), strict=True):
+        assert torch.equal(a, b)
+    assert len({value.data_ptr() for value in found}) == 5
