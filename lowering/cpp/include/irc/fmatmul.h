@@ -1,0 +1,321 @@
+// y[m, n] = sum over k of x[m, k] w[n, k] for weights stored as floats (f32, bf16, f16, f8e4m3, f8e5m2), summed in f32.
+//
+// Packed weights: panels of 16 rows, [depth][16]; bf16 in pairs along k, [depth / 2][16][2], the operand order of
+// AVX-512's dot product. 8-bit floats carry 16 scales at the end of a panel, applied to the finished sum.
+//
+// Order of the sums. One token: 4 interleaved partial sums (k mod 4, or pairs mod 4), added at the end. More: ascending
+// k. Error at most (depth + 4) 2^-24 sum |x w|. With bf16 activations and bf16 weights AVX-512 sums pairs by vdpbf16ps,
+// whose products are exact and whose subnormals are zero.
+//
+// Activations that are not f32 are first widened to f32 in scratch (but for that last case).
+//
+// The epilogue is the same as in qmatmul.h: epilogue(m, n0, n1, values), n0 a multiple of 32, n1 - n0 at most 32.
+#pragma once
+
+#include <type_traits>
+
+#include "irc/f32x16.h"
+#include "irc/pool.h"
+
+IRC_BEGIN
+
+#if defined(IRC_AVX512)
+constexpr int gemm_height = 14, gemm_panels = 2;
+#elif defined(IRC_AVX2)
+constexpr int gemm_height = 6, gemm_panels = 1;
+#else
+constexpr int gemm_height = 4, gemm_panels = 1;
+#endif
+
+// Neighbours along k whose weights (16 columns) stay in the first-level cache while all rows of a block pass.
+constexpr int64_t gemm_depth = 256;
+constexpr int64_t gemm_rows = 96, gemm_columns = 128, gemm_piece = 32;
+
+// How one panel is read: `step` neighbours at a time, each as 16 floats.
+template <class Stored>
+struct FloatPanel {
+    static constexpr int64_t step = 1;
+    static constexpr bool scaled = sizeof(Stored) == 1;
+    static int64_t depth(int64_t size) { return size; }
+    static int64_t bytes(int64_t size) { return size * 16 * static_cast<int64_t>(sizeof(Stored)) + (scaled ? 64 : 0); }
+    static const uint8_t* at(const uint8_t* panel, int64_t k) { return panel + k * 16 * static_cast<int64_t>(sizeof(Stored)); }
+    template <int which>
+    static f32x16 columns(const uint8_t* p) {
+        return load(reinterpret_cast<const Stored*>(p));
+    }
+};
+
+template <>
+struct FloatPanel<bf16> {
+    static constexpr int64_t step = 2;
+    static constexpr bool scaled = false;
+    static int64_t depth(int64_t size) { return round_up(size, 2); }
+    static int64_t bytes(int64_t size) { return depth(size) * 32; }
+    static const uint8_t* at(const uint8_t* panel, int64_t k) { return panel + k * 32; }
+    template <int which>
+    static f32x16 columns(const uint8_t* p) {
+#if defined(IRC_AVX512)
+        const __m512i raw = _mm512_loadu_si512(p);
+        return {_mm512_castsi512_ps(which ? _mm512_and_si512(raw, _mm512_set1_epi32(-65536)) : _mm512_slli_epi32(raw, 16))};
+#elif defined(IRC_AVX2)
+        const auto half = [](const uint8_t* at) {
+            const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+            return _mm256_castsi256_ps(which ? _mm256_and_si256(raw, _mm256_set1_epi32(-65536)) : _mm256_slli_epi32(raw, 16));
+        };
+        return {half(p), half(p + 32)};
+#else
+        f32x16 result;
+        for (int i = 0; i < 16; ++i) {
+            bf16 one;
+            std::memcpy(&one, p + 4 * i + 2 * which, 2);
+            result.v[i] = to_float(one);
+        }
+        return result;
+#endif
+    }
+};
+
+// H rows x times P panels over `length` neighbours: totals [H][gemm_columns] += product.
+template <class Panel, int H, int P>
+inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
+                      float* totals) {
+    f32x16 sums[H][P];
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) sums[m][p] = load(totals + m * gemm_columns + 16 * p);
+    const auto step = [&](int64_t k, auto which) {
+        f32x16 columns[P];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+            columns[p] = Panel::template columns<which.value>(Panel::at(panel + p * panel_bytes, k - which.value));
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) {
+            const f32x16 row = set1(x[m * stride + k]);
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) sums[m][p] = fma(row, columns[p], sums[m][p]);
+        }
+    };
+    constexpr std::integral_constant<int, 0> even{};
+    constexpr std::integral_constant<int, 1> odd{};
+    if constexpr (Panel::step == 1) {
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < length; ++k) step(k, even);
+    } else {
+        const int64_t whole = length / 2 * 2;
+        for (int64_t k = 0; k < whole; k += 2) {
+            step(k, even);
+            step(k + 1, odd);
+        }
+        if (whole < length) step(whole, even);  // the last column of an odd depth
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) store(totals + m * gemm_columns + 16 * p, sums[m][p]);
+}
+
+#if defined(IRC_AVX512)
+// The same with bf16 activations: vdpbf16ps multiplies pairs.
+template <class Panel, int H, int P>
+inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
+                      float* totals) {
+    __m512 sums[H][P];
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) sums[m][p] = _mm512_loadu_ps(totals + m * gemm_columns + 16 * p);
+    for (int64_t k = 0; k < length; k += 2) {
+        __m512i columns[P];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) columns[p] = _mm512_loadu_si512(Panel::at(panel + p * panel_bytes, k));
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) {
+            int32_t pair = 0;
+            std::memcpy(&pair, x + m * stride + k, k + 1 < length ? 4 : 2);
+            const __m512i row = _mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p)
+                sums[m][p] = _mm512_dpbf16_ps(sums[m][p], reinterpret_cast<__m512bh&>(columns[p]),
+                                              reinterpret_cast<const __m512bh&>(row));
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) _mm512_storeu_ps(totals + m * gemm_columns + 16 * p, sums[m][p]);
+}
+#endif
+
+template <class Panel, int P, class Input>
+inline void gemm_tile(int64_t height, const Input* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                      int64_t length, float* totals) {
+    switch (height) {
+#define IRC_HEIGHT(H) \
+    case H: gemm_tile<Panel, H, P>(x, stride, panel, panel_bytes, length, totals); break
+        IRC_HEIGHT(1);
+        IRC_HEIGHT(2);
+        IRC_HEIGHT(3);
+        IRC_HEIGHT(4);
+#if !defined(IRC_PLAIN)
+        IRC_HEIGHT(5);
+        IRC_HEIGHT(6);
+#endif
+#if defined(IRC_AVX512)
+        IRC_HEIGHT(7);
+        IRC_HEIGHT(8);
+        IRC_HEIGHT(9);
+        IRC_HEIGHT(10);
+        IRC_HEIGHT(11);
+        IRC_HEIGHT(12);
+        IRC_HEIGHT(13);
+        IRC_HEIGHT(14);
+#endif
+#undef IRC_HEIGHT
+    }
+}
+
+// Rows of a block for a range of k, close together: rows a power of two apart would share a few sets of the caches.
+template <class Input>
+struct RowBlock {
+    static constexpr int64_t stride = gemm_depth + 16;
+    alignas(64) Input rows[gemm_rows * stride];
+
+    void fill(const Input* x, int64_t x_stride, int64_t count, int64_t length) {
+        for (int64_t m = 0; m < count; ++m) std::memcpy(rows + m * stride, x + m * x_stride, length * sizeof(Input));
+    }
+};
+
+// Rows [m0, m1) times the panels of columns [n0, n1), into totals [rows][gemm_columns].
+template <class Panel, class Input>
+inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0,
+                       int64_t n1, int64_t size, float* totals) {
+    RowBlock<Input> block;
+    const int64_t rows = m1 - m0, panel_bytes = Panel::bytes(size), tiles = ceil_div(rows, gemm_height);
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < round_up(n1 - n0, 16); n += 16) store(totals + m * gemm_columns + n, zero());
+    for (int64_t k = 0; k < size; k += gemm_depth) {
+        const int64_t length = min_of(size - k, gemm_depth);
+        block.fill(x + m0 * stride + k, stride, rows, length);
+        for (int64_t n = n0; n < n1;) {
+            const int64_t panels = n + 16 < n1 ? gemm_panels : 1;
+            const uint8_t* panel = Panel::at(packed + n / 16 * panel_bytes, k);
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t first = rows * tile / tiles, height = rows * (tile + 1) / tiles - first;
+                const Input* tile_rows = block.rows + first * block.stride;
+                float* sums = totals + first * gemm_columns + n - n0;
+                if (panels == 1)
+                    gemm_tile<Panel, 1>(height, tile_rows, block.stride, panel, panel_bytes, length, sums);
+                else
+                    gemm_tile<Panel, gemm_panels>(height, tile_rows, block.stride, panel, panel_bytes, length, sums);
+            }
+            n += 16 * panels;
+        }
+    }
+}
+
+// One row against one panel, read once.
+template <class Panel>
+inline f32x16 panel_times_floats(const float* x, const uint8_t* panel, int64_t size) {
+    constexpr int64_t ahead = 4096, step = Panel::step, block = 4 * step;
+    f32x16 sums[4] = {zero(), zero(), zero(), zero()};
+    const auto add_step = [&](f32x16& sum, int64_t k, int64_t last) {
+        const uint8_t* p = Panel::at(panel, k);
+        sum = fma(set1(x[k]), Panel::template columns<0>(p), sum);
+        if constexpr (step == 2)
+            if (k + 1 < last) sum = fma(set1(x[k + 1]), Panel::template columns<1>(p), sum);
+    };
+    int64_t k = 0;
+    for (; k + block <= size; k += block) {
+        for (int64_t i = 0; i < Panel::at(panel, block) - panel; i += 64) prefetch(Panel::at(panel, k) + ahead + i);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) add_step(sums[i], k + i * step, k + block);
+    }
+    for (int i = 0; k < size; k += step, ++i) add_step(sums[i], k, size);
+    return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
+// Scales of a panel of 8-bit floats, at its end.
+template <class Panel>
+IRC_INLINE f32x16 panel_scales(const uint8_t* panel, int64_t size) {
+    if constexpr (Panel::scaled) return load(reinterpret_cast<const float*>(panel + Panel::bytes(size) - 64));
+    return set1(1.0f);
+}
+
+template <class Panel, class Input, class Epilogue>
+inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
+                       int64_t num_columns, int64_t size, Epilogue& epilogue) {
+    const int64_t panel_bytes = Panel::bytes(size);
+    const auto finish = [&](int64_t m, int64_t n0, int64_t n1, float* values) {
+        if constexpr (Panel::scaled)
+            for (int64_t n = n0; n < n1; n += 16)
+                store(values + n - n0, mul(load(values + n - n0), panel_scales<Panel>(packed + n / 16 * panel_bytes, size)));
+        epilogue(m, n0, n1, static_cast<const float*>(values));
+    };
+    if constexpr (sizeof(Input) == 4) {
+        if (num_rows == 1) {
+            for_chunks(worker, ceil_div(num_columns, gemm_piece), [&](int64_t piece) {
+                float values[gemm_piece];
+                const int64_t n0 = piece * gemm_piece, n1 = min_of(num_columns, n0 + gemm_piece);
+                for (int64_t n = n0; n < n1; n += 16)
+                    store(values + n - n0, panel_times_floats<Panel>(x, packed + n / 16 * panel_bytes, size));
+                finish(0, n0, n1, values);
+            });
+            return;
+        }
+    }
+    // Few rows: pieces of columns as small as the epilogue takes, so that all workers have some.
+    const int64_t width = num_rows <= 16 ? gemm_piece : gemm_columns;
+    const int64_t row_blocks = ceil_div(num_rows, gemm_rows), column_blocks = ceil_div(num_columns, width);
+    for_chunks(worker, row_blocks * column_blocks, [&](int64_t chunk) {
+        const int64_t row_block = chunk / column_blocks, n0 = chunk % column_blocks * width;
+        const int64_t m0 = num_rows * row_block / row_blocks, m1 = num_rows * (row_block + 1) / row_blocks;
+        const int64_t n1 = min_of(num_columns, n0 + width);
+        alignas(64) float totals[gemm_rows * gemm_columns];
+        gemm_block<Panel>(x, stride, packed, m0, m1, n0, n1, size, totals);
+        for (int64_t m = m0; m < m1; ++m)
+            for (int64_t n = n0; n < n1; n += gemm_piece)
+                finish(m, n, min_of(n1, n + gemm_piece), totals + (m - m0) * gemm_columns + n - n0);
+    });
+}
+
+// Floats of the activations in scratch: with one token a copy for each worker, which saves a barrier.
+template <class Input>
+inline const float* widen_rows(Worker& worker, const Input* x, int64_t stride, int64_t num_rows, int64_t size,
+                               uint8_t* scratch) {
+    float* rows = reinterpret_cast<float*>(scratch);
+    const auto widen = [&](int64_t m) {
+        for (int64_t k = 0; k < size; k += 16)
+            store_part(rows + m * size + k, load_part(x + m * stride + k, size - k), min_of(16, size - k));
+    };
+    if (num_rows == 1) {
+        rows += worker.index * round_up(size, 16);
+        widen(0);
+        return rows;
+    }
+    for_chunks(worker, num_rows, widen);
+    worker.barrier();
+    return rows;
+}
+
+// All workers call it; results are complete after the next barrier. Stored: type of the weights.
+template <class Stored, class Input, class Epilogue>
+inline void float_matmul(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
+                         int64_t num_columns, int64_t size, uint8_t* scratch, Epilogue&& epilogue) {
+    using Panel = FloatPanel<Stored>;
+    if constexpr (sizeof(Input) == 4) {
+        (void)scratch;
+        float_rows<Panel>(worker, x, stride, packed, num_rows, num_columns, size, epilogue);
+    } else {
+#if defined(IRC_AVX512)
+        if constexpr (std::is_same_v<Input, bf16> && std::is_same_v<Stored, bf16>) {
+            float_rows<Panel>(worker, x, stride, packed, num_rows, num_columns, size, epilogue);
+            return;
+        }
+#endif
+        const float* rows = widen_rows(worker, x, stride, num_rows, size, scratch);
+        float_rows<Panel>(worker, rows, size, packed, num_rows, num_columns, size, epilogue);
+    }
+}
+
+IRC_END
