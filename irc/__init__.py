@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from irc.evaluation import evaluate as evaluate
     from irc.evaluation import sensitivity as sensitivity
     from irc.frontend import capture as capture
+    from irc.frontend.onnx import from_onnx as from_onnx
     from irc.view.difference import diff as diff
     from irc.view.picture import draw as draw
 
@@ -52,6 +53,7 @@ _EXPORTS = {
     "diff": "irc.view.difference",
     "draw": "irc.view.picture",
     "evaluate": "irc.evaluation.evaluate",
+    "from_onnx": "irc.frontend.onnx",
     "load": "irc.core.storage",
     "parse": "irc.core.text",
     "save": "irc.core.storage",

@@ -47,12 +47,13 @@ def _find(onnx_op: str, setting: Setting, program: Program) -> Iterator[Match | 
 def _why_not(
     onnx_op: str, setting: Setting, program: Program, node: fx.Node, value: fx.Node, weight: fx.Node
 ) -> str | None:
-    of_value, of_weight = (formats.parse(str(n.kwargs["format"])) for n in (value, weight))
-    for chosen in (of_value, of_weight):
+    of_value = formats.parse(str(value.kwargs["format"]))
+    for chosen in (of_value, formats.parse(str(weight.kwargs["format"]))):
         if not isinstance(chosen, formats.QuantFormat) or chosen.packs_two:
             return f"{chosen} is no integer of a byte"
         if chosen.group_size is not None:
             return f"{chosen} has several scales within a product"
+    assert isinstance(of_value, formats.QuantFormat)
     if any(weight_of(program, part) is None for part in weight.args[:2]):
         return "its weight is computed"
     if {n.meta[VAL].dtype for n in (value, weight, node)} != {torch.float32}:
@@ -60,7 +61,7 @@ def _why_not(
     if of_value.per_tensor and setting.integers != "qoperator":
         return "ONNX Runtime fuses it by itself"
     if onnx_op == "ConvInteger":
-        if not of_value.per_tensor or of_value.signed:  # type: ignore[union-attr]
+        if not of_value.per_tensor or of_value.signed:
             return "takes unsigned values with one scale"
         if any(isinstance(a, str) for a in node.args):
             return "its padding is a name"
