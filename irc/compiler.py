@@ -9,21 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.instruments import Instrument
 from irc.core.kv_cache import KVCache
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
+from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Report, Row
 from irc.core.target import Artifact, Target, get_target
-from irc.runtime.decoding import Decoder, decoder_for
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
+from irc.runtime.models import paged_model
 from irc.runtime.results import GenerationResult
 from irc.runtime.sampling import Sampling
 from irc.view.progress import shown_progress
@@ -178,18 +176,7 @@ class Compiled:
         if self.artifact.kv_cache is None or KVCache.of(first) is not None:
             return first.unflatten(self.artifact.run(*flat))
         tokens = flat[first.input_names.index(self.program.input_names[0])]
-        return first.unflatten([self._all_logits(tokens, self.artifact.kv_cache)])
-
-    def _all_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Logits of every token, by one step with fresh caches."""
-        batch, length = tokens.shape
-        if length > cache.max_length:
-            raise OptionError(
-                f"the input has {length} tokens, the key-value cache holds {cache.max_length}:"
-                f" compile with insert-kv-cache{{max-length={length}}} or more"
-            )
-        positions = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
-        return self.artifact.step(self.artifact.new_caches(batch), tokens, positions, positions)
+        return first.unflatten([self.artifact.whole_rows(tokens)])
 
     # ---------------------------------------------------------------- generation
 
@@ -219,7 +206,7 @@ class Compiled:
             stream: called with (index of the prompt, token id, new text) for each token.
         """
         return generate(
-            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos, stream=stream,
         )  # fmt: skip
@@ -240,13 +227,14 @@ class Compiled:
     ) -> Generator[TokenEvent, None, GenerationResult]:
         """As `generate`, as an iterator over tokens as they are made."""
         return stream_tokens(
-            self._decoder(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
+            self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos,
         )  # fmt: skip
 
-    def _decoder(self) -> Decoder:
-        return decoder_for(self.artifact, self.program)
+    def paged_model(self) -> PagedModel:
+        """What an `irc.runtime.engine.Engine` drives: a step over flat tokens with positions and block tables."""
+        return paged_model(self.artifact, self.program)
 
     # ---------------------------------------------------------------- storage
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from irc.core.errors import OptionError
-from irc.runtime.decoding import Decoder
+from irc.core.errors import IrcError, OptionError
+from irc.core.paged import PagedModel
+from irc.runtime.engine import Engine, EngineOptions
+from irc.runtime.requests import Request, request_key
 from irc.runtime.results import FinishReason, GenerationResult, Stats
-from irc.runtime.sampling import Sampler, Sampling
+from irc.runtime.sampling import Sampling
+from irc.runtime.speculation.speculation import Speculation
 from irc.runtime.text import TextCodec, TextStream
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 StreamCallback = Callable[[int, int, str], None]
+
+_MAX_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
@@ -38,31 +42,16 @@ class TokenEvent:
 
 
 @dataclass
-class _Sequence:
-    """State of one prompt."""
+class _Answer:
+    """What one prompt has got so far."""
 
-    prompt_length: int
     ids: list[int]
     text: TextStream | None
     finish_reason: FinishReason | None = None
 
-    @property
-    def new_ids(self) -> list[int]:
-        return self.ids[self.prompt_length :]
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """When a sequence ends."""
-
-    max_new_tokens: int
-    max_length: int | None
-    ends: frozenset[int]
-    stop_tokens: frozenset[int]
-
 
 def generate(
-    decoder: Decoder,
+    model: PagedModel,
     prompts: Prompts,
     *,
     tokenizer: Any = None,
@@ -71,6 +60,8 @@ def generate(
     stop: str | int | Iterable[str | int] = (),
     eos: int | Iterable[int] | None = None,
     stream: StreamCallback | None = None,
+    options: EngineOptions | None = None,
+    speculation: Speculation | None = None,
 ) -> GenerationResult:
     """Continue every prompt; `stream(index, token_id, text)` is called for each token as it is made.
 
@@ -78,8 +69,9 @@ def generate(
         OptionError: an empty prompt, one longer than the cache, an id out of range, text without a tokenizer.
     """
     events = stream_tokens(
-        decoder, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, eos=eos
-    )
+        model, prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, eos=eos,
+        options=options, speculation=speculation,
+    )  # fmt: skip
     while True:
         try:
             event = next(events)
@@ -91,7 +83,7 @@ def generate(
 
 
 def stream_tokens(
-    decoder: Decoder,
+    model: PagedModel,
     prompts: Prompts,
     *,
     tokenizer: Any = None,
@@ -99,6 +91,8 @@ def stream_tokens(
     sampling: Sampling | None = None,
     stop: str | int | Iterable[str | int] = (),
     eos: int | Iterable[int] | None = None,
+    options: EngineOptions | None = None,
+    speculation: Speculation | None = None,
 ) -> Generator[TokenEvent, None, GenerationResult]:
     """As `generate`, as an iterator over tokens; its return value is the result.
 
@@ -106,75 +100,73 @@ def stream_tokens(
     """
     codec = TextCodec(tokenizer) if tokenizer is not None else None
     ids, single = read_prompts(prompts, codec)
-    texts, stop_tokens = _read_stops(stop, codec)
+    texts, stop_tokens = read_stops(stop, codec)
     if max_new_tokens < 1:
         raise OptionError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    _check_prompts(ids, decoder)
-    ends = _read_eos(eos, codec)
-    sequences = [_Sequence(len(one), list(one), TextStream(codec, texts) if codec else None) for one in ids]
-    limits = _Limits(max_new_tokens, decoder.max_length, ends, stop_tokens)
-    return _loop(decoder, sequences, Sampler(sampling or Sampling(), ids), limits, single=single)
+    _check_prompts(ids, model)
+    ends = read_eos(eos, codec)
+    chosen = sampling or Sampling()
+    answers = [_Answer([], TextStream(codec, texts) if codec else None) for _ in ids]
+    engine = Engine(model, options or EngineOptions(max_sequences=min(len(ids), _MAX_SEQUENCES)), speculation)
+    times: dict[tuple[int, ...], int] = {}
+    for prompt, answer in zip(ids, answers, strict=True):
+        # When a prompt comes several times, each time has its own random numbers.
+        nth = times[tuple(prompt)] = times.get(tuple(prompt), -1) + 1
+        text = answer.text
+        engine.add(
+            Request(
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                sampling=chosen,
+                end_tokens=ends,
+                stop_tokens=stop_tokens,
+                key=request_key(chosen.seed, nth, tuple(prompt)),
+                text=None if text is None else (lambda t=text: t),
+            )
+        )
+    return _loop(engine, answers, sum(map(len, ids)), single=single)
 
 
 def _loop(
-    decoder: Decoder, sequences: list[_Sequence], sampler: Sampler, limits: _Limits, *, single: bool
+    engine: Engine, answers: list[_Answer], prompt_tokens: int, *, single: bool
 ) -> Generator[TokenEvent, None, GenerationResult]:
-    stats = Stats(prompt_tokens=sum(s.prompt_length for s in sequences))
-    active = list(range(len(sequences)))
-    started = time.perf_counter()
-    logits = decoder.prefill([s.ids for s in sequences])
-    while True:
-        chosen = sampler(logits, active)
-        elapsed = (time.perf_counter() - started) * 1e3
-        if stats.new_tokens == 0:
-            stats.prefill_ms = elapsed
+    stats = Stats(prompt_tokens=prompt_tokens)
+    begun: set[int] = set()
+    while engine.has_work:
+        spent = engine.stats.model_ms + engine.stats.overhead_ms
+        outputs = engine.step()
+        elapsed = engine.stats.model_ms + engine.stats.overhead_ms - spent
+        tokens = sum(len(o.token_ids) + (o.end_token is not None) for o in outputs)
+        stats.new_tokens += tokens
+        # Steps until every prompt has its first token count as prefill.
+        if len(begun) < len(answers):
+            stats.prefill_ms += elapsed
         else:
             stats.decode_ms += elapsed
             stats.decode_steps += 1
-            stats.decode_tokens += len(active)
-        stats.new_tokens += len(active)
-        for index, token in zip(active, chosen, strict=True):
-            yield from _advance(index, sequences[index], token, limits)
-        active = [i for i in active if sequences[i].finish_reason is None]
-        if not active:
-            return _result(sequences, stats, decoder, single=single)
-        started = time.perf_counter()  # the consumer's time between tokens is not counted
-        logits = decoder.decode([s.ids for s in sequences], active)
-
-
-def _advance(index: int, sequence: _Sequence, token: int, limits: _Limits) -> Iterator[TokenEvent]:
-    """Add a token to its sequence and say whether that ends it."""
-    if token in limits.ends or token in limits.stop_tokens:
-        sequence.finish_reason = FinishReason.EOS if token in limits.ends else FinishReason.STOP
-        rest = sequence.text.finish() if sequence.text else ""
-        yield TokenEvent(index, token, rest, sequence.finish_reason)
-        return
-    sequence.ids.append(token)
-    text = sequence.text.push(token) if sequence.text else ""
-    length = len(sequence.ids)
-    if sequence.text is not None and sequence.text.stopped:
-        sequence.finish_reason = FinishReason.STOP
-    elif length - sequence.prompt_length >= limits.max_new_tokens:
-        sequence.finish_reason = FinishReason.LENGTH
-    elif limits.max_length is not None and length > limits.max_length:
-        sequence.finish_reason = FinishReason.CACHE_FULL
-    if sequence.finish_reason is not None and sequence.text is not None:
-        text += sequence.text.finish()
-        # What was held back may complete a stop text.
-        if sequence.text.stopped:
-            sequence.finish_reason = FinishReason.STOP
-    yield TokenEvent(index, token, text, sequence.finish_reason)
-
-
-def _result(sequences: Sequence[_Sequence], stats: Stats, decoder: Decoder, *, single: bool) -> GenerationResult:
-    reasons = [s.finish_reason for s in sequences if s.finish_reason is not None]
+            stats.decode_tokens += tokens
+        for output in outputs:
+            begun.add(output.request_id)
+            answer = answers[output.request_id]
+            if output.finish_reason is FinishReason.ERROR:
+                raise IrcError(f"prompt {output.request_id} failed: {output.error}")
+            answer.ids += output.token_ids
+            answer.finish_reason = output.finish_reason
+            given = [*output.token_ids, *([output.end_token] if output.end_token is not None else [])]
+            for place, token in enumerate(given):
+                last = place == len(given) - 1
+                yield TokenEvent(
+                    output.request_id, token, output.text if last else "", output.finish_reason if last else None
+                )
+    model, speculation = engine.model, engine.speculation
     return GenerationResult(
-        token_ids=[s.new_ids for s in sequences],
-        finish_reasons=reasons,
+        token_ids=[answer.ids for answer in answers],
+        finish_reasons=[answer.finish_reason for answer in answers if answer.finish_reason is not None],
         stats=stats,
-        texts=[s.text.text for s in sequences if s.text is not None],
+        texts=[answer.text.text for answer in answers if answer.text is not None],
         single=single,
-        notices=[decoder.notice] if decoder.notice else [],
+        notices=[model.notice] if model.notice else [],
+        speculation=speculation.stats if speculation is not None else None,
     )
 
 
@@ -212,24 +204,29 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], decoder: Decoder) -> None:
+def _check_prompts(prompts: Sequence[Sequence[int]], model: PagedModel) -> None:
     problems = []
     for number, ids in enumerate(prompts):
-        wrong = [i for i in ids if not 0 <= i < decoder.vocabulary_size]
+        wrong = [i for i in ids if not 0 <= i < model.vocabulary_size]
         if not ids:
             problems.append(f"prompt {number} is empty: it has no token to go on from")
         elif wrong:
-            problems.append(f"prompt {number} has id {wrong[0]}; ids run from 0 to {decoder.vocabulary_size - 1}")
-        elif decoder.max_length is not None and len(ids) > decoder.max_length:
+            problems.append(f"prompt {number} has id {wrong[0]}; ids run from 0 to {model.vocabulary_size - 1}")
+        elif len(ids) > model.max_length:
             problems.append(
-                f"prompt {number} has {len(ids)} tokens, at most {decoder.max_length} fit"
+                f"prompt {number} has {len(ids)} tokens, at most {model.max_length} fit"
                 " (insert-kv-cache{max-length=…} sets the limit)"
             )
     if problems:
         raise OptionError("these prompts cannot be continued:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def _read_stops(stop: str | int | Iterable[str | int], codec: TextCodec | None) -> tuple[list[str], frozenset[int]]:
+def read_stops(stop: str | int | Iterable[str | int], codec: TextCodec | None) -> tuple[list[str], frozenset[int]]:
+    """Stop texts and stop tokens.
+
+    Raises:
+        OptionError: something else is among them, or a text without a tokenizer.
+    """
     items = [stop] if isinstance(stop, (str, int)) else list(stop)
     texts = [item for item in items if isinstance(item, str)]
     tokens = frozenset(item for item in items if _is_id(item) and isinstance(item, int))
@@ -240,7 +237,8 @@ def _read_stops(stop: str | int | Iterable[str | int], codec: TextCodec | None) 
     return texts, tokens
 
 
-def _read_eos(eos: int | Iterable[int] | None, codec: TextCodec | None) -> frozenset[int]:
+def read_eos(eos: int | Iterable[int] | None, codec: TextCodec | None) -> frozenset[int]:
+    """End tokens: those given, else the tokenizer's."""
     if eos is None:
         return codec.end_tokens() if codec is not None else frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)

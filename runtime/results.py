@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from irc.runtime.speculation.speculation import SpeculationStats
 
 
 class FinishReason(StrEnum):
@@ -17,6 +21,12 @@ class FinishReason(StrEnum):
     """`max_new_tokens` were generated."""
     CACHE_FULL = "cache-full"
     """The sequence reached the length that the cache holds."""
+    CANCELLED = "cancelled"
+    """Nobody wants it any more."""
+    DEADLINE = "deadline"
+    """Its time was up."""
+    ERROR = "error"
+    """Something failed while it ran; other requests went on."""
 
 
 @dataclass
@@ -66,6 +76,7 @@ class GenerationResult:
         stats: times.
         single: the prompt was one text or one flat list of ids.
         notices: what the user should know (generation without a cache, say).
+        speculation: what speculative decoding did, or None.
     """
 
     token_ids: list[list[int]]
@@ -74,6 +85,7 @@ class GenerationResult:
     texts: list[str] = field(default_factory=list)
     single: bool = False
     notices: list[str] = field(default_factory=list)
+    speculation: SpeculationStats | None = None
 
     @property
     def text(self) -> str | list[str]:

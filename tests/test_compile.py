@@ -49,7 +49,7 @@ def test_generates_the_same_with_and_without_a_cache() -> None:
 
 def test_too_long_for_the_cache() -> None:
     short = compile(steps.decoder(), "insert-kv-cache{max-length=8}", verify="off")
-    with pytest.raises(OptionError, match=r"the input has 9 tokens, the key-value cache holds 8"):
+    with pytest.raises(OptionError, match=r"9 tokens do not fit into a key-value cache of 8"):
         short(steps.tokens(1, 9))
 
 

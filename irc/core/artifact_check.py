@@ -14,6 +14,7 @@ from irc.core.errors import IrcError, NumericError
 from irc.core.kv_cache import KVCache
 from irc.core.numeric import coarsest_eps, compare_outputs, inputs_at
 from irc.core.ops.registry import is_irc_op
+from irc.core.paged import StepInputs, tables_in_order
 from irc.core.program import Program
 
 Run = Callable[..., list[Any]]
@@ -169,13 +170,15 @@ def _step_inputs(program: Program, example: Sequence[Any]) -> Iterator[Maker]:
     """Steps of 1, 5 and the example's number of tokens, after a prefill of as many, for 1 and 3 sequences."""
     cache = KVCache.of(program)
     assert cache is not None
-    tokens = cache.split(example)[0]
+    tokens = cache.split(example)[0] if cache.layout == "contiguous" else example[0].view(1, -1)
     longest = max(1, min(tokens.shape[1], cache.max_length // 2))
 
     def make(batch: int, length: int) -> Sequence[Any]:
         rows = torch.arange(batch, device=tokens.device) % tokens.shape[0]
         columns = torch.arange(2 * length, device=tokens.device) % tokens.shape[1]
         ids = tokens[rows][:, columns]
+        if cache.block_size is not None:
+            return _paged_step(program, cache, cache.block_size, ids)
         positions = torch.arange(2 * length, device=tokens.device).expand(batch, -1)
         wanted = torch.arange(length, device=tokens.device).expand(batch, -1).contiguous()
         caches = cache.empty(batch, device=tokens.device)
@@ -188,3 +191,14 @@ def _step_inputs(program: Program, example: Sequence[Any]) -> Iterator[Maker]:
                 f"B={batch}, {length} token{'s' if length > 1 else ''} after {length}",
                 lambda batch=batch, length=length: make(batch, length),  # type: ignore[misc]
             )
+
+
+def _paged_step(program: Program, cache: KVCache, block_size: int, ids: Tensor) -> list[Any]:
+    """Inputs of a step over the second half of each row, after one over the first; blocks in mixed order."""
+    batch, total = ids.shape
+    tables = tables_in_order(batch, total, block_size, ids.device)
+    pages = cache.empty(tables.numel(), device=ids.device)
+    tables = (tables.numel() - 1 - tables).flip(0).contiguous()
+    first = StepInputs.of_rows(ids[:, : total // 2], 0, tables, block_size)
+    second = StepInputs.of_rows(ids[:, total // 2 :], total // 2, tables, block_size)
+    return [*second.flat(), *program.run(*first.flat(), *pages)[1:]]

@@ -20,6 +20,7 @@ from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, TargetError, nearest
 from irc.core.kv_cache import KVCache
+from irc.core.paged import StepInputs
 from irc.core.program import Program
 
 Options = Mapping[str, Any]
@@ -127,17 +128,51 @@ class Artifact(abc.ABC):
 
     def new_caches(self, batch: int) -> list[Tensor]:
         """Empty caches for `batch` sequences, where the artifact runs."""
-        return self._cache().empty(batch)
+        return self._cache("contiguous").empty(batch)
 
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
         """Logits [B, R, V] of one step; `caches` becomes the state after it."""
-        self._cache()
+        self._cache("contiguous")
         logits, *caches[:] = self.run(tokens, positions, logit_indices, *caches)
         return logits
 
-    def _cache(self) -> KVCache:
+    def whole_rows(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, V] of every token i64[B, S], by one step with fresh caches of either layout.
+
+        Raises:
+            OptionError: the rows are longer than the cache.
+        """
+        if self.kv_cache is None or self.kv_cache.block_size is None:
+            (_, positions, wanted), count = self._cache("contiguous").whole_rows(tokens)
+            return self.step(self.new_caches(count), tokens, positions, wanted)
+        inputs, count = self.kv_cache.whole_rows(tokens)
+        return self.paged_step(self.new_pages(count), StepInputs(*inputs)).unflatten(0, tuple(tokens.shape))
+
+    # ---------------------------------------------------------------- steps over pages: see irc.core.paged
+
+    def new_pages(self, num_blocks: int) -> list[Tensor]:
+        """Pages of `num_blocks` blocks, where the artifact runs."""
+        return self._cache("paged").empty(num_blocks)
+
+    def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
+        """Logits [R, V] of one step over flat tokens; `pages` becomes the state after it."""
+        self._cache("paged")
+        logits, *pages[:] = self.run(*inputs.flat(), *pages)
+        return logits
+
+    def copy_blocks(self, pages: list[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks within `pages`."""
+        for page in pages:
+            page[list(targets)] = page[list(sources)]
+
+    def _cache(self, layout: str) -> KVCache:
         if self.kv_cache is None:
             raise TargetError(f"this {self.target} artifact has no key-value cache: use the pass insert-kv-cache")
+        if self.kv_cache.layout != layout:
+            raise TargetError(
+                f"this {self.target} artifact has a {self.kv_cache.layout} key-value cache, not a {layout} one:"
+                f" compile with insert-kv-cache{{layout={layout}}}"
+            )
         return self.kv_cache
 
     def check_inputs(self, inputs: Sequence[Any]) -> None:

@@ -21,8 +21,8 @@ from irc.core.kv_cache import KVCache
 from irc.core.program import Program
 from irc.core.target import get_target
 from irc.evaluation.subjects import subject
-from irc.runtime.decoding import decoder_for
 from irc.runtime.generation import generate
+from irc.runtime.models import paged_model
 from irc.runtime.sampling import Sampling
 
 _MAX_NEW_TOKENS = 256
@@ -160,7 +160,7 @@ class LanguageModelAdapter:
         temperature = float(options.get("temperature") or (1.0 if sampled else 0.0))
         ids = (self._encode(context) or [self.prefix])[-max(1, self.max_length - wanted) :]
         result = generate(
-            decoder_for(self._artifact, self._program), [ids], tokenizer=self._tokenizer, max_new_tokens=wanted,
+            paged_model(self._artifact, self._program), [ids], tokenizer=self._tokenizer, max_new_tokens=wanted,
             sampling=Sampling(temperature=temperature, top_p=options.get("top_p"), top_k=options.get("top_k")),
             stop=[text for text in until if text], eos=(self.prefix,),
         )  # fmt: skip

@@ -118,8 +118,9 @@ def _of_program(program: Program) -> Subject:
     if cache is not None:
 
         def run_step(tokens: Tensor) -> Tensor:
-            positions = _positions(tokens, cache)
-            return program.run(tokens, positions, positions, *cache.empty(len(tokens)))[0]
+            given, count = cache.whole_rows(tokens)
+            logits = program.run(*given, *cache.empty(count, device=tokens.device))[0]
+            return logits if cache.block_size is None else logits.unflatten(0, tuple(tokens.shape))
 
         call = run_step
     bits, numbers = weight_size(program)
@@ -127,28 +128,9 @@ def _of_program(program: Program) -> Subject:
 
 
 def _of_compiled(compiled: Compiled) -> Subject:
-    cache = compiled.artifact.kv_cache
-    call: Outputs = compiled
-    if cache is not None:
-
-        def run_step(tokens: Tensor) -> Tensor:
-            positions = _positions(tokens, cache)
-            caches = compiled.artifact.new_caches(len(tokens))
-            return compiled.artifact.step(caches, tokens, positions, positions)
-
-        call = run_step
+    call: Outputs = compiled if compiled.artifact.kv_cache is None else compiled.artifact.whole_rows
     bits, numbers = weight_size(compiled.program)
     return Subject(lambda *inputs: main_output(call(*inputs)), compiled.program.weight_bytes, bits, numbers)
-
-
-def _positions(tokens: Tensor, cache: KVCache) -> Tensor:
-    batch, length = tokens.shape
-    if length > cache.max_length:
-        raise OptionError(
-            f"windows of {length} tokens do not fit into a key-value cache of {cache.max_length}:"
-            f" shorter windows, or insert-kv-cache{{max-length={length}}}"
-        )
-    return torch.arange(length).expand(batch, -1).contiguous()
 
 
 @contextmanager

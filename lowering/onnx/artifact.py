@@ -54,7 +54,7 @@ class OnnxArtifact(Artifact):
         self.check_inputs(inputs)
         self._check_positions(inputs)
         tensors = [value if isinstance(value, Tensor) else torch.as_tensor(value) for value in inputs]
-        feeds = {name: _array(name, tensor) for name, tensor in zip(self.input_names, tensors, strict=True)}
+        feeds = {name: array_of(name, tensor) for name, tensor in zip(self.input_names, tensors, strict=True)}
         outputs = [torch.from_numpy(array) for array in self._session.run(None, feeds)]
         return self._with_rest(tensors, outputs) if self.metadata.get(WRITES_PART) else outputs
 
@@ -74,10 +74,10 @@ class OnnxArtifact(Artifact):
         caches[:] = [cache.contiguous() for cache in caches]
         binding = self._session.io_binding()
         for name, value in zip(self.input_names, (tokens, positions, logit_indices), strict=False):
-            binding.bind_cpu_input(name, _array(name, value))
+            binding.bind_cpu_input(name, array_of(name, value))
         binding.bind_output(self.output_names[0], "cpu")
         for index, cache in enumerate(caches):
-            kind = _array(self.input_names[index + 3], cache[:0]).dtype.type
+            kind = array_of(self.input_names[index + 3], cache[:0]).dtype.type
             place = ("cpu", 0, kind, tuple(cache.shape), cache.data_ptr())
             binding.bind_input(self.input_names[index + 3], *place)
             binding.bind_output(self.output_names[index + 1], *place)
@@ -86,7 +86,7 @@ class OnnxArtifact(Artifact):
 
     def _check_positions(self, inputs: Sequence[Any]) -> None:
         """A step writes each row's tokens to consecutive places of the cache: other positions would go elsewhere."""
-        if self.kv_cache is None or not self.metadata.get(CONSECUTIVE):
+        if self.kv_cache is None or self.kv_cache.layout != "contiguous" or not self.metadata.get(CONSECUTIVE):
             return
         positions = torch.as_tensor(self.kv_cache.split(inputs)[1])
         if positions.shape[-1] > 1 and not bool((positions.diff(dim=-1) == 1).all()):
@@ -112,7 +112,7 @@ class OnnxArtifact(Artifact):
         return cls(file, read_options(OnnxOptions, options, what="target onnx"))
 
 
-def _array(name: str, tensor: Tensor) -> Any:
+def array_of(name: str, tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
     return tensor.detach().cpu().contiguous().numpy()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from irc.core.ops.cache import as_bytes
 from irc.core.ops.registry import find_op, is_irc_op
-from irc.core.program import Program
+from irc.core.program import VAL, Program
+from irc.lowering.reference import pages
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def build(program: Program, *, device: torch.device, fold_dequantize: bool, in_p
         if folded:
             notes.append(f"{folded} quantized weights are dequantized once, when the program is loaded")
     if in_place:
-        functional = _write_in_place(own)
+        functional = _write_in_place(own) + _plan_pages(own)
         if functional:
             notes.append(f"caches that are copied at every step, because others read them too: {', '.join(functional)}")
     _place(own, device)
@@ -89,12 +90,46 @@ def _write_in_place(program: Program) -> list[str]:
     placeholders, outputs, refused = program.placeholders, program.outputs, []
     for output, source in program.aliases.items():
         write, cache = outputs[output], placeholders[source]
+        if isinstance(write, fx.Node) and is_irc_op(write.target, "paged_cache_write"):
+            continue
         owned = isinstance(write, fx.Node) and is_irc_op(write.target, "cache_write") and write.args[0] is cache
         if owned and set(cache.users) == {write}:
             write.target = write_in_place
         else:
             refused.append(str(cache.target))
     return refused
+
+
+def _plan_pages(program: Program) -> list[str]:
+    """Let attentions over pages share one plan of the step, and writes go into the pages; returns those that may not.
+
+    Only programs in which all attentions and writes use the same tables, positions and slots are rewritten: those that
+    cache insertion makes.
+    """
+    writes = [n for n in program.operations() if is_irc_op(n.target, "paged_cache_write")]
+    reads = [n for n in program.operations() if is_irc_op(n.target, "paged_attention")]
+    caches = [node.args[0] for node in writes]
+    if not reads:
+        return []
+    alone = all(isinstance(c, fx.Node) and c.op == "placeholder" and len(c.users) == 1 for c in caches)
+    shared = {tuple(node.args[3:6]) for node in reads}
+    slots = {node.args[2] for node in writes}
+    if not alone or len(shared) != 1 or len(slots) != 1:
+        return [str(c) for c in caches]
+    graph, inputs = program.graph, (*shared.pop(), slots.pop())
+    with graph.inserting_before(writes[0]):
+        block_size = int(caches[0].meta[VAL].shape[1])  # type: ignore[union-attr]
+        plan = graph.call_function(pages.plan_step, (*inputs, block_size))
+    for node in writes:
+        node.target, node.args = pages.write_pages, (node.args[0], node.args[1], plan)
+    for node in reads:
+        for operand in {n for n in node.args[1:3] if isinstance(n, fx.Node) and n not in writes}:
+            if is_irc_op(operand.target, "dequantize"):
+                operand.target = pages.stored_pages
+            elif operand.target is aten._to_copy.default:
+                operand.target = pages.converted_pages
+        node.target, node.args = pages.attend_pages, (*node.args[:3], plan)
+    return []
 
 
 def _place(program: Program, device: torch.device) -> None:

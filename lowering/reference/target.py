@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.paged import StepInputs
 from irc.core.program import Program
 from irc.core.target import Artifact, Coverage, Options, Target, count_ops, read_options, register_target
 from irc.lowering.reference.executable import build
@@ -72,13 +74,26 @@ class ReferenceArtifact(Artifact):
 
     def new_caches(self, batch: int) -> list[Tensor]:
         with torch.inference_mode():
-            return self._cache().empty(batch, device=self.device)
+            return self._cache("contiguous").empty(batch, device=self.device)
 
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
-        self._cache()
+        self._cache("contiguous")
         moved = (self._moved(value) for value in (tokens, positions, logit_indices))
         logits, *caches[:] = self._run(*moved, *caches)
         return logits
+
+    def new_pages(self, num_blocks: int) -> list[Tensor]:
+        with torch.inference_mode():
+            return self._cache("paged").empty(num_blocks, device=self.device)
+
+    def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
+        self._cache("paged")
+        logits, *pages[:] = self._run(*map(self._moved, inputs.flat()), *pages)
+        return logits
+
+    def copy_blocks(self, pages: list[Tensor], sources: Sequence[int], targets: Sequence[int]) -> None:
+        with torch.inference_mode():
+            super().copy_blocks(pages, sources, targets)
 
     def _moved(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value

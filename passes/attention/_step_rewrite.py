@@ -48,7 +48,7 @@ class StepRewrite:
         self.size_only = {node for node in order if node not in self.analysis.walk.data}
         tail = _downstream(program, self.cut)
         self.positions = self._placeholder("positions", [sequence.batch_size, sequence.dim.size], torch.int64)
-        wanted_dim = new_dim(program.fake_mode, _free_name("R", program.dims), 2)
+        wanted_dim = new_dim(program.fake_mode, free_name("R", program.dims), 2)
         program.dims[wanted_dim.name] = wanted_dim
         self.logit_indices = self._placeholder("logit_indices", [sequence.batch_size, wanted_dim.size], torch.int64)
         self._cache_inputs()
@@ -67,10 +67,10 @@ class StepRewrite:
 
     # ------------------------------------------------------------ inputs
 
-    def _placeholder(self, name: str, sizes: list[Any], dtype: torch.dtype) -> fx.Node:
-        last = self.program.placeholders[-1]
-        with self.program.graph.inserting_after(last):
-            node = self.program.graph.placeholder(name)
+    def _placeholder(self, name: str, sizes: list[Any], dtype: torch.dtype, before: fx.Node | None = None) -> fx.Node:
+        graph, last = self.program.graph, self.program.placeholders[-1]
+        with graph.inserting_after(last) if before is None else graph.inserting_before(before):
+            node = graph.placeholder(name)
         with self.program.fake_mode:
             node.meta[VAL] = torch.empty(sizes, dtype=dtype, device=self.analysis.sequence.tokens.meta[VAL].device)
         return node
@@ -104,19 +104,37 @@ class StepRewrite:
                 torch.ops.irc.cache_write.default, self.caches[slot], operand, self.positions, before=node
             )
             self.updated.append(new)
-            dtype = operand.meta[VAL].dtype  # type: ignore[union-attr]
-            if self.cache_dtype not in (None, dtype):
-                new = self.program.insert(ATEN._to_copy.default, new, before=node, dtype=dtype)
-            keys_and_values.append(new)
+            keys_and_values.append(self.read_back(new, operand, node))  # type: ignore[arg-type]
         kwargs = dict(node.kwargs) | {"positions": self.positions}
-        bias = kwargs.get("bias")
-        if isinstance(bias, fx.Node) and bias in self.analysis.tables.biases:
-            table = self.analysis.tables.biases[bias]
-            if table.causal and kwargs.get("mask", "full") == "full":
-                kwargs["mask"] = "causal"
-            kwargs["bias"] = self._gather_bias(bias, node)
+        bias = self._bias(node, kwargs)
+        if bias is not None:
+            kwargs["bias"] = bias
         node.args = (node.args[0], *keys_and_values)
         node.kwargs = kwargs
+
+    def read_back(self, cache: fx.Node, operand: fx.Node, before: fx.Node) -> fx.Node:
+        """A written cache in the type of the keys or values that attention had before."""
+        dtype = operand.meta[VAL].dtype
+        if self.cache_dtype in (None, dtype):
+            return cache
+        return self.program.insert(ATEN._to_copy.default, cache, before=before, dtype=dtype)
+
+    def _bias(self, node: fx.Node, kwargs: dict[str, Any]) -> fx.Node | None:
+        """The attention's bias at the step's positions; one that masks later keys turns `mask` into causal."""
+        bias = node.kwargs.get("bias")
+        if not isinstance(bias, fx.Node):
+            return None
+        if bias not in self.analysis.tables.biases:
+            return bias
+        if self.analysis.tables.biases[bias].causal and kwargs.get("mask", "full") == "full":
+            kwargs["mask"] = "causal"
+        return self._gather_bias(bias, node)
+
+    def _cut_moves(self, old: fx.Node, new: fx.Node) -> None:
+        """`new` takes the place of `old`, which may be where the head is cut off."""
+        if self.cut is old:
+            self.cut = new
+            self.analysis.walk.layouts[new] = self.analysis.walk.layouts[old]
 
     # ------------------------------------------------------------ tables
 
@@ -263,7 +281,8 @@ def _downstream(program: Program, cut: fx.Node) -> set[fx.Node]:
     return found or {program.output_node}
 
 
-def _free_name(name: str, taken: dict[str, Dim]) -> str:
+def free_name(name: str, taken: dict[str, Dim]) -> str:
+    """The name for a dimension, made another if it is taken."""
     while name in taken:
         name += "_"
     return name

@@ -15,34 +15,39 @@ Works by dataflow on any program whose attentions are canonical, whatever model 
    logits are wanted (`_head`).
 
 Positions are per sequence, so a batch may be ragged: padding to the right of a prompt is written behind
-it and overwritten before any query sees it. Runs after canonicalization. Does not handle: encoder–decoder
-models, state-space models, a cache shorter than the sequence (ring buffers).
+it and overwritten before any query sees it. With `layout=paged` (`_paged_rewrite`) the step takes N flat tokens of any
+sequences, and caches are pools of blocks that block tables point into (inputs: `irc.core.paged.StepInputs`):
+
+    step(tokens[N], positions[N], sequence_ids[N], block_tables[Q, M], slots[N], logit_indices[R], caches…)
+        → (logits[R, V], caches…)
+
+Runs after canonicalization. Does not handle: encoder–decoder models, state-space models, a cache shorter than the
+sequence (ring buffers).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
 
 from irc.core.contract import EXACT, Finding, Pass, PassContext, PassResult, Preserves, register_pass
 from irc.core.errors import OptionError, PassError, nearest
-from irc.core.evaluate import Observer, evaluate
-from irc.core.kv_cache import METADATA_KEY, KVCache
+from irc.core.evaluate import Observer
+from irc.core.kv_cache import METADATA_KEY
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, dtype_from_name, dtype_name
-from irc.passes.attention._analysis import analyze, require
-from irc.passes.attention._sequence import Sequence as TokenSequence
-from irc.passes.attention._sequence import attention_nodes
+from irc.passes.attention._analysis import Analysis, analyze, require
+from irc.passes.attention._paged_rewrite import PagedRewrite, one_row
+from irc.passes.attention._sequence import is_attention
+from irc.passes.attention._step_replay import Axes, ContiguousSteps, PagedSteps
 from irc.passes.attention._step_rewrite import StepRewrite
 
+_LAYOUTS = ("contiguous", "paged")
 _DTYPES = ("f64", "f32", "f16", "bf16")
-_NUM_SINGLE_STEPS = 3
 
 
 @register_pass
@@ -53,7 +58,8 @@ class InsertKVCache(Pass):
     Attributes:
         max_length: L, positions that the cache holds; None: the model's own limit, at most 512 unless
             the example is longer.
-        layout: `contiguous`, one row of L positions a sequence.
+        layout: `contiguous`, one row of L positions a sequence; `paged`, blocks and block tables.
+        block_size: P, tokens a block of the paged layout.
         cache_dtype: type of the caches (`f32`, `f16`, `bf16`); None: the type of keys and values.
         tokens: name of the input that holds the tokens; None: the one that carries the sequence.
 
@@ -62,7 +68,8 @@ class InsertKVCache(Pass):
 
     name: ClassVar[str] = "insert-kv-cache"
     max_length: int | None = None
-    layout: str = "contiguous"
+    layout: Literal["contiguous", "paged"] = "contiguous"
+    block_size: int = 16
     cache_dtype: str | None = None
     tokens: str | None = None
 
@@ -70,10 +77,10 @@ class InsertKVCache(Pass):
         problems = []
         if self.max_length is not None and self.max_length < 2:
             problems.append(f"max-length must be at least 2, got {self.max_length}")
-        if self.layout == "paged":
-            problems.append("layout=paged is not available in this pass yet: only the paged ops exist; use contiguous")
-        elif self.layout != "contiguous":
-            problems.append(f"unknown layout {self.layout!r}{nearest(self.layout, ['contiguous'])}")
+        if self.layout not in _LAYOUTS:
+            problems.append(f"unknown layout {self.layout!r}{nearest(self.layout, _LAYOUTS)}")
+        if self.block_size < 1:
+            problems.append(f"block-size must be at least 1, got {self.block_size}")
         if self.cache_dtype is not None and self.cache_dtype not in _DTYPES:
             problems.append(f"unknown cache-dtype {self.cache_dtype!r}{nearest(self.cache_dtype, _DTYPES)}")
         if problems:
@@ -92,63 +99,80 @@ class InsertKVCache(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         analysis = analyze(program, self.max_length, self.tokens)
         require(analysis)
-        example = program.example_inputs
-        inputs_before = program.input_names
-        rewrite = StepRewrite(program, analysis, dtype_from_name(self.cache_dtype) if self.cache_dtype else None)
+        example, inputs_before = program.example_inputs, program.input_names
+        sequence = analysis.sequence
+        axes = Axes.of(program, sequence)
+        dtype = dtype_from_name(self.cache_dtype) if self.cache_dtype else None
+        if self.layout == "paged":
+            axes.require_three(program)
+            one_row(program, sequence)
+            analysis = analyze(program, analysis.tables.length, self.tokens)
+            require(analysis)
+            rewrite: StepRewrite = PagedRewrite(program, analysis, dtype, block_size=self.block_size)
+        else:
+            rewrite = StepRewrite(program, analysis, dtype)
         rewrite.run()
-        sequence, length = analysis.sequence, analysis.tables.length
-        count = len(rewrite.caches)
-        program.in_spec = pytree.tree_flatten(((0,) * len(program.placeholders), {}))[1]
-        program.out_spec = pytree.tree_flatten((0,) * (1 + count))[1]
-        program.aliases = {1 + i: 3 + i for i in range(count)}
+        self._describe(program, analysis, rewrite)
         token_index = inputs_before.index(str(sequence.tokens.target))
-        program.metadata = program.metadata | {
-            METADATA_KEY: {
-                "layout": self.layout,
-                "max_length": length,
-                "tokens": str(sequence.tokens.target),
-                "positions": str(rewrite.positions.target),
-                "logit_indices": str(rewrite.logit_indices.target),
-                "caches": [
-                    {
-                        "name": str(node.target),
-                        "heads": heads,
-                        "head_dim": width,
-                        "dtype": dtype_name(node.meta[VAL].dtype),
-                    }
-                    for node, (heads, width) in zip(rewrite.caches, rewrite.heads, strict=True)
-                ],
-            }
-        }
+        steps = PagedSteps(axes) if self.layout == "paged" else ContiguousSteps(axes)
         if example is not None:
-            program.example_inputs = _example_step(program, sequence, example[token_index])
+            program.example_inputs = steps.example(program, example[token_index])
 
         def replay(step: Program, inputs: Sequence[Any]) -> list[Any]:
-            return [_replay(step, inputs[token_index], sequence.axis, sequence.batch_axis)]
+            return [steps.replay(step, inputs[token_index])]
 
         def trace(step: Program, inputs: Sequence[Any], observer: Observer) -> None:
-            _trace(step, inputs[token_index], sequence, observer)
+            steps.trace(step, inputs[token_index], observer)
 
+        tables = analysis.tables
         return PassResult(
             program,
             matches=len(analysis.attentions),
             modified=True,
-            statistics={"max_length": length, "tables": len(analysis.tables.found) + len(analysis.tables.biases)},
+            statistics={"max_length": tables.length, "tables": len(tables.found) + len(tables.biases)},
             replay=replay,
             trace=trace,
         )
 
+    def _describe(self, program: Program, analysis: Analysis, rewrite: StepRewrite) -> None:
+        """Signature, aliases and metadata of the step."""
+        count, first = len(rewrite.caches), len(program.placeholders) - len(rewrite.caches)
+        program.in_spec = pytree.tree_flatten(((0,) * len(program.placeholders), {}))[1]
+        program.out_spec = pytree.tree_flatten((0,) * (1 + count))[1]
+        program.aliases = {1 + i: first + i for i in range(count)}
+        caches = [
+            {"name": str(node.target), "heads": heads, "head_dim": width, "dtype": dtype_name(node.meta[VAL].dtype)}
+            for node, (heads, width) in zip(rewrite.caches, rewrite.heads, strict=True)
+        ]
+        program.metadata = program.metadata | {
+            METADATA_KEY: {
+                "layout": self.layout,
+                **({"block_size": self.block_size} if self.layout == "paged" else {}),
+                "max_length": analysis.tables.length,
+                "tokens": str(analysis.sequence.tokens.target),
+                "positions": "positions",
+                "logit_indices": "logit_indices",
+                "caches": caches,
+            }
+        }
+
     def ensures(self, before: Program, result: PassResult) -> list[Finding]:
         """Every attention reads two written caches by position, and every cache comes out again."""
         program, findings = result.program, []
-        for node in attention_nodes(program):
-            if node.kwargs.get("positions") is None:
+        paged = self.layout == "paged"
+        attention, write = ("paged_attention", "paged_cache_write") if paged else ("attention", "cache_write")
+        for node in program.operations():
+            if paged and is_attention(node):
+                findings.append(Finding(node.name, "attends over no cache"))
+            if not (is_attention(node) if not paged else is_irc_op(node.target, attention)):
+                continue
+            if not paged and node.kwargs.get("positions") is None:
                 findings.append(Finding(node.name, "attends without positions"))
             for operand in node.args[1:3]:
                 source = operand
                 if getattr(source, "target", None) is torch.ops.aten._to_copy.default:
                     source = source.args[0]  # type: ignore[union-attr]
-                if not is_irc_op(getattr(source, "target", None), "cache_write"):
+                if not is_irc_op(getattr(source, "target", None), write):
                     findings.append(Finding(node.name, f"attends over {operand}, which is no cache"))
         placeholders, outputs = program.placeholders, program.outputs
         for output, source in program.aliases.items():
@@ -156,57 +180,3 @@ class InsertKVCache(Pass):
             if written is not placeholders[source]:
                 findings.append(Finding(placeholders[source].name, "is not what its output continues"))
         return findings
-
-
-def _example_step(program: Program, sequence: TokenSequence, tokens: Tensor) -> tuple[Tensor, ...]:
-    """A first step on the example's tokens: positions from zero, empty caches, logits of the last two."""
-    batch, length = tokens.shape[sequence.batch_axis], tokens.shape[sequence.axis]
-    positions = torch.arange(length, device=tokens.device).expand(batch, -1).clone()
-    caches = _cache_of(program).empty(batch, device=tokens.device)
-    return (tokens, positions, positions[:, max(length - 2, 0) :].clone(), *caches)
-
-
-def _cache_of(program: Program) -> KVCache:
-    cache = KVCache.of(program)
-    assert cache is not None
-    return cache
-
-
-def _replay(step: Program, tokens: Tensor, axis: int, batch_axis: int, observer: Observer | None = None) -> Tensor:
-    """Logits of all tokens, from steps over parts: half at once, a few one by one, the rest at once."""
-    batch, length = tokens.shape[batch_axis], tokens.shape[axis]
-    limit = _cache_of(step).max_length
-    if length > limit:
-        raise PassError(f"the inputs have {length} tokens, the cache holds {limit}")
-    start = max(length // 2, 1)
-    singles = min(_NUM_SINGLE_STEPS, length - start)
-    bounds = sorted({0, *range(start, start + singles + 1), length})
-    caches = _cache_of(step).empty(batch, device=tokens.device)
-    logits = []
-    for first, last in itertools.pairwise(bounds):
-        count = last - first
-        positions = torch.arange(first, last, device=tokens.device).expand(batch, -1).contiguous()
-        wanted = torch.arange(count, device=tokens.device).expand(batch, -1).contiguous()
-        inputs = (tokens.narrow(axis, first, count), positions, wanted, *caches)
-        part, *caches = evaluate(step.graph, step.weight, inputs, observer)
-        logits.append(part)
-    return torch.cat(logits, dim=_sequence_dim(step))
-
-
-def _trace(step: Program, tokens: Tensor, sequence: TokenSequence, observer: Observer) -> None:
-    """Show the values of the replay's steps joined along the tokens: what one run of the old program had."""
-    parts: dict[torch.fx.Node, list[Any]] = {}
-    _replay(step, tokens, sequence.axis, sequence.batch_axis, lambda n, value: parts.setdefault(n, []).append(value))
-    lengths = {step.shape_expr(node)[1] for node in step.placeholders[1:3]}
-    for node, values in parts.items():
-        if not isinstance(values[0], Tensor):
-            continue  # a step's own sizes: those of the whole are other numbers
-        shape = step.shape_expr(node)
-        along = [dim for dim, size in enumerate(shape) if size in lengths]
-        observer(node, torch.cat(values, dim=along[0]) if len(along) == 1 else values[-1])
-
-
-def _sequence_dim(step: Program) -> int:
-    """Which dimension of the logits holds the wanted tokens."""
-    wanted = step.shape_expr(step.placeholders[2])[1]
-    return step.shape_expr(step.outputs[0]).index(wanted)

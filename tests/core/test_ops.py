@@ -78,7 +78,7 @@ def attention_examples() -> list[Example]:
 
 
 def paged_arguments() -> tuple[Tensor, ...]:
-    pages = rand(8, 2, 4, 4), rand(8, 2, 4, 6)
+    pages = rand(8, 4, 2, 4), rand(8, 4, 2, 6)
     tables = torch.tensor([[6, 1, 2], [0, 7, 4]])
     return rand(5, 4, 4), *pages, tables, torch.tensor([0, 1, 1, 0, 1]), torch.tensor([9, 0, 5, 10, 11])
 
@@ -91,13 +91,15 @@ EXAMPLES: dict[str, list[Example]] = {
         Example((rand(3, 2, 8, 4, dtype=torch.bfloat16), rand(3, 2, 1, 4), integers(8, 3, 1)), differentiable=False),
     ],
     "paged_cache_write": [
-        Example((rand(4, 2, 4, 6), rand(5, 2, 6), torch.tensor([0, -1, 13, 7, -1])), flops=0),
-        Example((rand(4, 2, 4, 6), rand(5, 2, 6), torch.full((5,), -1))),
+        Example((rand(4, 4, 2, 6), rand(5, 2, 6), torch.tensor([0, -1, 13, 7, -1])), flops=0),
+        Example((rand(4, 4, 2, 6), rand(5, 2, 6), torch.full((5,), -1))),
     ],
     "paged_attention": [
         # 5 tokens × 4 heads see 2 tables' worth of 3 pages of 4 keys; widths 4 and 6.
         Example(paged_arguments(), flops=5 * 4 * (3 * 4) * (2 * 4 + 2 * 6 + 5)),
         Example(paged_arguments(), {"mask": "sliding", "window": 3, "sinks": rand(4), "softcap": 3.0, "scale": 0.3}),
+        Example(paged_arguments(), {"bias": rand(5, 4, 10)}),
+        Example(paged_arguments(), {"bias": rand(1, 1, 20)}),
     ],
     "linear_activation": [
         # [15, 8] · [8, 6]: 2·8 a number, one for the bias, one for relu.
@@ -634,7 +636,7 @@ def test_paged_attention_equals_contiguous(options: dict[str, Any], kv: int) -> 
     """Two sequences written in interleaved pieces with padding between: as if each had a cache of its own."""
     page, length, tables = 4, 12, torch.tensor([[6, 1, 2], [0, 7, 4]])
     sinks = rand(4) if "softcap" in options else None
-    pages = [torch.zeros(8, kv, page, width) for width in (4, 6)]
+    pages = [torch.zeros(8, page, kv, width) for width in (4, 6)]
     caches = [torch.zeros(2, kv, length, width) for width in (4, 6)]
     pieces = [([0, 1, 0, 1], [0, 0, 1, 1]), ([1, 1, 0], [2, 3, 2]), ([1, 0, 1], [4, 3, 5])]
     if options["mask"] == "full":  # sees keys behind the sequence, too: fill them
@@ -663,9 +665,9 @@ def test_paged_attention_equals_contiguous(options: dict[str, Any], kv: int) -> 
 
 def test_padding_never_undoes_a_write() -> None:
     """Padding in front of, between and behind a token of slot 0."""
-    cache, value = rand(2, 2, 4, 6), rand(5, 2, 6)
+    cache, value = rand(2, 4, 2, 6), rand(5, 2, 6)
     made = torch.ops.irc.paged_cache_write(cache, value, torch.tensor([-1, 0, -1, 6, -1]))
     expected = cache.clone()
-    expected[0, :, 0], expected[1, :, 2] = value[1], value[3]
+    expected[0, 0], expected[1, 2] = value[1], value[3]
     assert torch.equal(made, expected)
     assert torch.equal(torch.ops.irc.paged_cache_write(cache, value, torch.full((5,), -1)), cache)

@@ -14,8 +14,8 @@ from irc.core.numeric import compare_outputs
 from irc.core.program import Program
 from irc.demo.tinypy import load_model
 from irc.passes.canonicalize import CANONICAL_ORDER, canonical_passes
-from irc.runtime.decoding import decoder_for
 from irc.runtime.generation import generate
+from irc.runtime.models import paged_model
 from irc.runtime.sampling import Sampling
 from tests import zoo
 
@@ -84,7 +84,7 @@ def greedy(program: Program, prompt: list[int]) -> list[int]:
     """64 likeliest tokens: over the cache where there is one, else by computing the whole anew for each."""
     artifact = irc.core.target.get_target("reference").lower(program)
     result = generate(
-        decoder_for(artifact, program), [prompt], max_new_tokens=NUM_TOKENS, sampling=Sampling(temperature=0.0), eos=()
+        paged_model(artifact, program), [prompt], max_new_tokens=NUM_TOKENS, sampling=Sampling(temperature=0.0), eos=()
     )
     return result.token_ids[0]
 

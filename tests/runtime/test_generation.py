@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from irc.core.errors import OptionError, TargetError
+from irc.core.paged import PagedModel
 from irc.core.target import get_target
-from irc.runtime.decoding import Decoder, decoder_for
 from irc.runtime.generation import TokenEvent, generate, stream_tokens
+from irc.runtime.models import paged_model
 from irc.runtime.results import FinishReason
 from irc.runtime.sampling import Sampling
 from irc.runtime.text import TextCodec, TextStream
@@ -39,13 +40,19 @@ class Words:
 
 
 @functools.cache
-def cached() -> Decoder:
-    return decoder_for(get_target("reference").lower(steps.step()), steps.step())
+def cached() -> PagedModel:
+    return paged_model(get_target("reference").lower(steps.step()), steps.step())
 
 
 @functools.cache
-def recomputing() -> Decoder:
-    return decoder_for(get_target("reference").lower(steps.decoder()), steps.decoder())
+def paged() -> PagedModel:
+    program = steps.step("insert-kv-cache{layout=paged,block-size=4,max-length=32}")
+    return paged_model(get_target("reference").lower(program), program)
+
+
+@functools.cache
+def recomputing() -> PagedModel:
+    return paged_model(get_target("reference").lower(steps.decoder()), steps.decoder())
 
 
 @functools.cache
@@ -61,7 +68,7 @@ def expected(count: int = 12) -> list[list[int]]:
     return made
 
 
-@pytest.mark.parametrize("decoder", [cached, recomputing])
+@pytest.mark.parametrize("decoder", [cached, paged, recomputing])
 def test_greedy_batch_equals_the_model_on_each_prompt(decoder) -> None:  # type: ignore[no-untyped-def]
     result = generate(decoder(), PROMPTS, max_new_tokens=12)
     assert result.token_ids == expected()
@@ -70,7 +77,7 @@ def test_greedy_batch_equals_the_model_on_each_prompt(decoder) -> None:  # type:
     assert bool(result.notices) == (decoder is recomputing)
 
 
-@pytest.mark.parametrize("decoder", [cached, recomputing])
+@pytest.mark.parametrize("decoder", [cached, paged, recomputing])
 def test_sampled_batch_equals_each_prompt_alone(decoder) -> None:  # type: ignore[no-untyped-def]
     sampling = Sampling(temperature=1.5, top_p=0.95, seed=3)
     batch = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=sampling).token_ids
@@ -171,7 +178,7 @@ def test_wrong_options() -> None:
     with pytest.raises(OptionError, match="a stop text needs a tokenizer"):
         generate(cached(), [1], stop="x")
     with pytest.raises(TargetError, match=r"cannot generate: its input .* is no integer tensor"):
-        decoder_for(get_target("reference").lower(steps.cnn()), steps.cnn())
+        paged_model(get_target("reference").lower(steps.cnn()), steps.cnn())
 
 
 def test_incomplete_characters_and_possible_stops_are_held_back() -> None:

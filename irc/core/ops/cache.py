@@ -42,18 +42,18 @@ def as_bytes(x: Tensor) -> Tensor:
     "paged_cache_write(Tensor cache, Tensor value, Tensor slots) -> Tensor", fake=_same_as_cache, flops=_no_flops
 )
 def paged_cache_write(cache: Tensor, value: Tensor, slots: Tensor) -> Tensor:
-    """cache with cache[slots[n] // P, :, slots[n] % P, :] = value[n]; negative slots are padding, not written.
+    """cache with cache[slots[n] // P, slots[n] % P] = value[n]; negative slots are padding, not written.
 
-    Shapes: cache [num_blocks, Hkv, P, D], P tokens a block; value [N, Hkv, D] for N flat tokens;
+    Shapes: cache [num_blocks, P, Hkv, D], P tokens a block; value [N, Hkv, D] for N flat tokens;
         slots i64[N] (slot = block · P + offset).
     """
-    num_blocks, num_heads, block_size, _ = cache.shape
+    num_blocks, block_size = cache.shape[:2]
     # One block more takes the padding: sent to a real slot, it could undo the write of another token.
-    wider = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, 0, 0, 1))
-    target = slots.masked_fill(slots < 0, num_blocks * block_size).unsqueeze(1)
-    heads = torch.arange(num_heads, device=cache.device)
-    index = (target // block_size, heads, target % block_size)
-    return wider.index_put(index, value.to(cache.dtype))[:num_blocks]
+    wider = torch.nn.functional.pad(as_bytes(cache), (0, 0, 0, 0, 0, 0, 0, 1))
+    target = slots.masked_fill(slots < 0, num_blocks * block_size)
+    index = (target // block_size, target % block_size)
+    written = wider.index_put(index, as_bytes(value.to(cache.dtype)))[:num_blocks]
+    return written if written.dtype == cache.dtype else written.view(cache.dtype)
 
 
 def _paged_fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Tensor, **__: object) -> Tensor:
@@ -64,13 +64,13 @@ def _paged_flops(
     query: Shape, key_cache: Shape, value_cache: Shape, block_tables: Shape, *_: object, **__: object
 ) -> sympy.Expr:
     num_tokens, heads, width = query
-    keys = block_tables[1] * key_cache[2]
+    keys = block_tables[1] * key_cache[1]
     return num_tokens * heads * keys * (2 * width + 2 * value_cache[-1] + 5)
 
 
 @define_op(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor sequence_ids,"
-    " Tensor positions, *, Tensor? sinks=None, str mask='causal', int? window=None, float scale=1.0,"
+    " Tensor positions, *, Tensor? bias=None, Tensor? sinks=None, str mask='causal', int? window=None, float scale=1.0,"
     " float? softcap=None) -> Tensor",
     fake=_paged_fake,
     flops=_paged_flops,
@@ -84,28 +84,31 @@ def paged_attention(
     sequence_ids: Tensor,
     positions: Tensor,
     *,
+    bias: Tensor | None = None,
     sinks: Tensor | None = None,
     mask: str = "causal",
     window: int | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of N flat tokens, each over its own sequence's pages.
+    """Attention of N flat tokens, each over its own sequence's pages: the key at index t is the one of position t.
 
-    Shapes: query [N, H, D]; key_cache, value_cache [num_blocks, Hkv, P, D]; block_tables
+    Shapes: query [N, H, D]; key_cache, value_cache [num_blocks, P, Hkv, D]; block_tables
         i64[num_sequences, max_blocks] (unused entries: any valid block); sequence_ids, positions i64[N];
+        bias [N|1, H|1, L], added to the scores of the keys at positions 0 to L - 1; sinks as in `irc::attention`;
         returns [N, H, Dv] in the values' type.
     """
     tables = block_tables[sequence_ids]
 
     def pages(cache: Tensor) -> Tensor:
-        gathered = cache[tables]  # [N, max_blocks, Hkv, P, D]
-        return gathered.transpose(1, 2).flatten(2, 3)
+        gathered = cache[tables]  # [N, max_blocks, P, Hkv, D]
+        return gathered.flatten(1, 2).transpose(1, 2)
 
     out = attention(
         query.unsqueeze(2),
         pages(key_cache),
         pages(value_cache),
+        bias=None if bias is None else bias_of_keys(bias, tables.shape[1] * key_cache.shape[1]).unsqueeze(2),
         positions=positions.unsqueeze(1),
         sinks=sinks,
         mask=mask,
@@ -114,3 +117,9 @@ def paged_attention(
         softcap=softcap,
     )
     return out.squeeze(2)
+
+
+def bias_of_keys(bias: Tensor, num_keys: int) -> Tensor:
+    """bias [..., L] for `num_keys` keys; keys behind L belong to no position, so what they get does not matter."""
+    keys = torch.arange(num_keys, device=bias.device).clamp(max=bias.shape[-1] - 1)
+    return bias.index_select(-1, keys)

@@ -149,7 +149,7 @@ def _restore_cache(program: Program, model: Any) -> None:
         raise StorageError(f"the metadata {_METADATA} of the model is damaged: {error}") from error
     if cache is None:
         return
-    fits = [c.name for c in cache.caches] == program.input_names[3:] and all(
+    fits = [c.name for c in cache.caches] == program.input_names[cache.num_inputs :] and all(
         0 <= output < len(program.outputs) and 0 <= source < len(program.input_names)
         for output, source in aliases.items()
     )

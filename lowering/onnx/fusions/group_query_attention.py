@@ -31,7 +31,8 @@ aten = torch.ops.aten
 
 def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
     """Attentions of a step over its own caches."""
-    if KVCache.of(program) is None:
+    cached = KVCache.of(program)
+    if cached is None or cached.layout != "contiguous":
         return
     for node in program.operations():
         if not is_irc_op(node.target, "attention"):

@@ -1,0 +1,197 @@
+"""Who computes what in the next step: running sequences first, then waiting ones, within a budget of tokens.
+
+- Continuous batching: sequences come and go between steps; prompts are read in chunks beside decoding.
+- When blocks run out, the last sequence in order (priority, arrival) gives its blocks back and waits to be computed
+  again; a sequence that waits with a better priority takes the place of a running one with a worse.
+- Among waiting requests of one priority, the client that has been served least goes first.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from dataclasses import dataclass
+
+from irc.runtime.block_manager import BlockManager
+from irc.runtime.requests import SequenceState
+
+
+@dataclass(slots=True)
+class Work:
+    """Tokens `ids + draft` of a sequence at positions num_computed to num_computed + count."""
+
+    sequence: SequenceState
+    count: int
+
+
+class Scheduler:
+    """Queues, and the plan of each step.
+
+    Attributes:
+        running: in order; each holds blocks and a row of the block tables.
+        waiting: in order of arrival.
+        copies: (source, target) blocks to be copied before the step runs.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_tokens: int, max_sequences: int, prefill_chunk: int | None) -> None:
+        self.blocks = blocks
+        self.max_tokens, self.max_sequences, self.prefill_chunk = max_tokens, max_sequences, prefill_chunk
+        self.running: list[SequenceState] = []
+        self.waiting: list[SequenceState] = []
+        self.copies: list[tuple[int, int]] = []
+        self.served: Counter[str] = Counter()
+        self.num_preemptions = 0
+        self.prefix_hits = 0
+        self._rows = list(range(max_sequences))[::-1]
+
+    # ---------------------------------------------------------------- the plan
+
+    def plan(self) -> list[Work]:
+        """Work of the next step; every sequence in it has the blocks that it writes to, to itself alone."""
+        self.copies.clear()
+        if self.waiting and self.running:
+            self._yield_to_urgent()
+        budget, works, index = self.max_tokens, list[Work](), 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            count = len(sequence.ids) + len(sequence.draft) - sequence.num_computed
+            if count > budget or (count > 1 and sequence.num_computed < len(sequence.ids) - 1):
+                count = self._chunk(sequence, budget)
+            count = self._make_room(sequence, count)
+            if count == 0:
+                break  # it was the last one, and gave its own blocks back
+            works.append(Work(sequence, count))
+            budget -= count
+            index += 1
+        if self.waiting and budget > 0:
+            self._admit(works, budget)
+        return works
+
+    def _chunk(self, sequence: SequenceState, budget: int) -> int:
+        """Fewer tokens than the sequence has left: no more than the budget and a chunk of prefill; no draft then."""
+        sequence.draft, sequence.draft_probs = [], None
+        left = len(sequence.ids) - sequence.num_computed
+        limit = budget if self.prefill_chunk is None else min(budget, self.prefill_chunk)
+        return min(left, limit)
+
+    def _yield_to_urgent(self) -> None:
+        """Stop running sequences of worse priority than one that waits and has no place or too few blocks."""
+        urgent = min(self.waiting, key=self._turn)
+        needed = self.blocks.blocks_for(len(urgent.ids))
+        while self.running and self.running[-1].request.priority > urgent.request.priority:
+            if len(self.running) < self.max_sequences and needed <= self.blocks.num_available:
+                return
+            self.preempt(self.running[-1])
+
+    def _admit(self, works: list[Work], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = min(self.waiting, key=self._turn)
+            sequence.blocks, sequence.contents = self.blocks.match(sequence.ids)
+            sequence.num_computed = len(sequence.blocks) * self.blocks.block_size
+            count = self._chunk(sequence, budget)
+            needed = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+            found = self.blocks.allocate(needed)
+            if found is None:
+                self.blocks.release(sequence.blocks)
+                sequence.blocks, sequence.contents, sequence.num_computed = [], [], 0
+                return
+            self.prefix_hits += sequence.num_computed
+            sequence.blocks += found
+            self.waiting.remove(sequence)
+            self._enter(sequence)
+            works.append(Work(sequence, count))
+            budget -= count
+
+    def _turn(self, sequence: SequenceState) -> tuple[int, int, int, int]:
+        request = sequence.request
+        return (request.priority, self.served[request.client], sequence.arrival, sequence.sample)
+
+    def _make_room(self, sequence: SequenceState, count: int) -> int:
+        """Give a running sequence the blocks for `count` tokens, or without its draft; 0: it gave up its own."""
+        while True:
+            missing = self.blocks.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+            if missing <= 0 and not sequence.shared:
+                return count
+            if self._own_blocks(sequence) and (missing <= 0 or self._extend(sequence, missing)):
+                return count
+            if sequence.draft:
+                count -= len(sequence.draft)  # a guess is not worth another one's place
+                sequence.draft, sequence.draft_probs = [], None
+                continue
+            last = self.running[-1]
+            self.preempt(last)
+            if last is sequence:
+                return 0
+
+    def _extend(self, sequence: SequenceState, missing: int) -> bool:
+        found = self.blocks.allocate(missing)
+        if found is not None:
+            sequence.blocks += found
+            sequence.moved = True
+        return found is not None
+
+    def _own_blocks(self, sequence: SequenceState) -> bool:
+        """Copy-on-write: the block that is written next must be the sequence's own."""
+        if not sequence.shared:
+            return True
+        at = sequence.num_computed // self.blocks.block_size
+        if at < len(sequence.blocks) and self.blocks.refs[sequence.blocks[at]] > 1:
+            found = self.blocks.allocate(1)
+            if found is None:
+                return False
+            self.copies.append((sequence.blocks[at], found[0]))
+            self.blocks.release([sequence.blocks[at]])
+            sequence.blocks[at] = found[0]
+            sequence.moved = True
+        sequence.shared = False
+        return True
+
+    # ---------------------------------------------------------------- coming and going
+
+    def _enter(self, sequence: SequenceState) -> None:
+        sequence.row, sequence.moved = self._rows.pop(), True
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+
+    def preempt(self, sequence: SequenceState) -> None:
+        """Take a running sequence's blocks; it waits to be computed again."""
+        self.leave(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.append(sequence)
+
+    def leave(self, sequence: SequenceState) -> None:
+        """Remove a sequence from wherever it is, and give its blocks back."""
+        if sequence.row >= 0:
+            self.running.remove(sequence)
+            self._rows.append(sequence.row)
+            sequence.row = -1
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        sequence.blocks, sequence.contents, sequence.num_computed = [], [], 0
+        sequence.draft, sequence.draft_probs, sequence.shared = [], None, False
+
+    def fork(self, parent: SequenceState, child: SequenceState) -> None:
+        """A further sample of a prompt that has been read: shares its blocks if there is a place, else waits."""
+        if len(self.running) >= self.max_sequences:
+            self.waiting.append(child)
+            return
+        self.blocks.share(parent.blocks)
+        child.blocks, child.contents = list(parent.blocks), list(parent.contents)
+        child.num_computed = parent.num_computed
+        child.shared = parent.shared = True
+        self._enter(child)
+
+    def computed(self, sequence: SequenceState, count: int) -> None:
+        """`count` more tokens of a sequence are in its blocks for good; full blocks can be found from now on."""
+        sequence.num_computed += count
+        size = self.blocks.block_size
+        while (len(sequence.contents) + 1) * size <= sequence.num_computed:
+            start = len(sequence.contents) * size
+            block = sequence.blocks[len(sequence.contents)]
+            content = self.blocks.register(sequence.last_content, sequence.ids[start : start + size], block)
+            sequence.contents.append(content)
+
+    def check(self) -> None:
+        """Check the books; see `BlockManager.check`."""
+        self.blocks.check([s.blocks for s in self.running] + [s.blocks for s in self.waiting])

@@ -1,0 +1,173 @@
+"""How many tokens to guess: as many as pay, from measured acceptance and measured times; none where guessing loses.
+
+With acceptance α a draft of k tokens gives (1 - α^(k+1)) / (1 - α) tokens in expectation. A step over n tokens takes
+T(n), a draft D(k); both are measured while running. The length is the k that maximises tokens per time,
+
+    Σ_s E_s(k) / (T(n_0 + k·B) + D(k)),    k = 0: plain decoding
+
+Where k = 0 wins, it is tried again after a while, ever more rarely.
+
+Source: Leviathan, Kalman and Matias 2023, section 3 (expected number of tokens and improvement factor).
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from irc.runtime.requests import SequenceState
+
+_SMOOTHING = 0.15
+_MEMORY = 0.9
+_PRIOR_WEIGHT = 4.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 512
+_GAIN = 1.03
+"""Guessing must promise at least this much: figures are noisy, and plain decoding has none of the risk."""
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens that a round with a draft of `length` gives in expectation."""
+    if acceptance >= 1.0:
+        return length + 1.0
+    return (1.0 - acceptance ** (length + 1)) / (1.0 - acceptance)
+
+
+def predicted_speedup(acceptance: float, length: int, draft_cost: float, verify_cost: float = 1.0) -> float:
+    """Speed-up over plain decoding; costs are in plain steps: of one guessed token, and of the verifying step."""
+    return expected_tokens(acceptance, length) / (verify_cost + length * draft_cost)
+
+
+@dataclass
+class Times:
+    """Smoothed times in ms by a count; between counts that were seen, interpolated."""
+
+    seen: dict[int, float] = field(default_factory=dict)
+    _order: list[int] = field(default_factory=list)
+
+    def add(self, count: int, ms: float) -> None:
+        """Take in one measurement; a rare long one (something else had the processor) counts little."""
+        known = self.seen.get(count)
+        if known is None:
+            self.seen[count] = ms
+            bisect.insort(self._order, count)
+        else:
+            self.seen[count] = known + _SMOOTHING * (min(ms, 2.0 * known) - known)
+
+    def at(self, count: int) -> float | None:
+        """The time for a count; None before anything was seen."""
+        if not self._order:
+            return None
+        if count in self.seen:
+            return self.seen[count]
+        at = bisect.bisect(self._order, count)
+        if at == 0:
+            return self.seen[self._order[0]]
+        low = self._order[at - 1]
+        if at == len(self._order):
+            return self.seen[low]  # optimistic: what was never tried is worth trying
+        high = self._order[at]
+        share = (count - low) / (high - low)
+        return self.seen[low] + share * (self.seen[high] - self.seen[low])
+
+
+@dataclass
+class _Acceptance:
+    accepted: float = 0.0
+    rejected: float = 0.0
+
+    def add(self, accepted: int, rejected: int) -> None:
+        self.accepted = self.accepted * _MEMORY + accepted
+        self.rejected = self.rejected * _MEMORY + rejected
+
+
+@dataclass
+class Controller:
+    """Chooses draft lengths.
+
+    Attributes:
+        max_length: longest draft.
+        fixed: always this length (for measurements); None: adapt.
+        prior: acceptance that is assumed before anything was seen.
+    """
+
+    max_length: int = 8
+    fixed: int | None = None
+    prior: float = 0.7
+    times: Times = field(default_factory=Times)
+    draft_times: Times = field(default_factory=Times)
+    _all: _Acceptance = field(default_factory=_Acceptance)
+    _own: dict[SequenceState, _Acceptance] = field(default_factory=dict)
+    _pause: int = _FIRST_PAUSE
+    _paused: int = 0
+
+    def acceptance(self, sequence: SequenceState | None = None) -> float:
+        """Estimated probability that a guessed token stands: of a sequence, with what all showed as a prior."""
+        weight = self._all.accepted + self._all.rejected
+        overall = (self._all.accepted + self.prior) / (weight + 1.0)
+        own = self._own.get(sequence) if sequence is not None else None
+        if own is None:
+            return overall
+        return (own.accepted + _PRIOR_WEIGHT * overall) / (own.accepted + own.rejected + _PRIOR_WEIGHT)
+
+    def lengths(self, sequences: Sequence[SequenceState]) -> list[int]:
+        """The draft length of each sequence of the next step."""
+        if self.fixed is not None:
+            return [self.fixed] * len(sequences)
+        if not sequences:
+            return []
+        if self._paused > 0:
+            self._paused -= 1
+            return [0] * len(sequences)
+        rates = [self.acceptance(s) for s in sequences]
+        best = self.best_length(rates)
+        if best == 0:
+            # The next try after the pause is a short one: it only has to show that things have changed.
+            self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            return [2 if self._pause > _FIRST_PAUSE * 2 else 0] * len(sequences)
+        self._pause = _FIRST_PAUSE
+        return [best] * len(sequences)
+
+    def best_length(self, rates: Sequence[float]) -> int:
+        """The length that gives most tokens per time; 0: none."""
+        batch = len(rates)
+        plain = self.times.at(batch)
+        if plain is None:
+            return min(3, self.max_length)
+        best, most = 0, batch / plain * _GAIN
+        for length in range(1, self.max_length + 1):
+            verify = self.times.at(batch * (length + 1))
+            draft = self.draft_times.at(length)
+            if draft is None:
+                draft = 0.0
+            elif length not in self.draft_times.seen:
+                nearest = min(self.draft_times.seen, key=lambda known, n=length: abs(known - n))  # type: ignore[misc]
+                draft = self.draft_times.seen[nearest] * length / nearest
+            assert verify is not None
+            speed = sum(expected_tokens(rate, length) for rate in rates) / (max(verify, plain) + draft)
+            if speed > most:
+                best, most = length, speed
+        return best
+
+    @contextmanager
+    def timed_draft(self, length: int, batch: int) -> Iterator[None]:
+        """Measures a draft of `length` tokens."""
+        started = time.perf_counter()
+        yield
+        self.draft_times.add(length, (time.perf_counter() - started) * 1e3)
+
+    def measured(self, num_tokens: int, ms: float) -> None:
+        """A step over so many tokens took so long."""
+        self.times.add(num_tokens, ms)
+
+    def verified(self, sequence: SequenceState, drafted: int, accepted: int) -> None:
+        """The model kept the first `accepted` of a sequence's draft."""
+        rejected = int(accepted < drafted)
+        self._all.add(accepted, rejected)
+        self._own.setdefault(sequence, _Acceptance()).add(accepted, rejected)
+
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence has ended."""
+        self._own.pop(sequence, None)
