@@ -32,12 +32,12 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
     """
     graph = model.graph
     layers = [node for node in graph if node.op_type == _GQA]
-    caches = {value.name: value for value in graph.inputs[3:]}
-    kept = [name for node in layers for name in (node.inputs[3].name, node.inputs[4].name)]  # type: ignore[union-attr]
+    caches = {str(value.name) for value in graph.inputs[3:]}
+    kept = [str(value.name) for node in layers for value in node.inputs[3:5] if value is not None]
     if sorted(kept) != sorted(c.name for c in cache.caches):
-        others = sorted(set(caches) - set(kept))
+        others = sorted(caches - set(kept))
         raise TargetError(
-            f"onnxruntime-genai takes caches of {_GQA} only; {', '.join(map(str, others))} are read by other operators"
+            f"onnxruntime-genai takes caches of {_GQA} only; {', '.join(others)} are read by other operators"
             " (target onnx with flavour='ort' says why in its report)"
         )
     ids, positions, wanted = graph.inputs[:3]

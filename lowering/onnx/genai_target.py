@@ -56,9 +56,9 @@ class GenaiArtifact(OnnxArtifact):
 
     def __init__(self, path: Path, options: OnnxOptions, *, temporary: bool = False) -> None:
         super().__init__(path, options, temporary=temporary)
-        self._model_inputs = self.input_names
+        self._model_inputs: list[str] = list(self.input_names)
         # What a step takes: the mask is made from the positions.
-        self.input_names = ["input_ids", "positions", "logit_indices", *self._model_inputs[2:]]
+        self.input_names: list[str] = ["input_ids", "positions", "logit_indices", *self._model_inputs[2:]]
 
     def run(self, *inputs: Any) -> list[Any]:
         self.check_inputs(inputs)
