@@ -106,7 +106,10 @@ def write(setting: Setting, program: Program, match: Match) -> None:
     query, key, value = node.args[0], key_write.args[1], value_write.args[1]
     if rotary is not None:
         query, key = query.args[0], key.args[0]  # type: ignore[union-attr]
-    flat = [_flat(program, setting, x, before=node) for x in (query, key, value)]
+    flat: list[Any] = [_flat(program, setting, x, before=node) for x in (query, key, value)]
+    packed = _packed(program, flat)
+    if packed is not None:  # one product gave all three, and the operator takes them so
+        flat = [packed, None, None]
     attributes: dict[str, Any] = {
         "num_heads": int(node.args[0].meta[VAL].shape[1]),  # type: ignore[union-attr]
         "kv_num_heads": int(key_write.meta[VAL].shape[1]),
@@ -156,6 +159,19 @@ def _flat(program: Program, setting: Setting, x: Any, *, before: fx.Node) -> fx.
     return call(program, setting, merge_heads, x, before=before)
 
 
+def _packed(program: Program, flat: list[Any]) -> fx.Node | None:
+    """The tensor that queries, keys and values are three consecutive parts of."""
+    if any(part.target is not operator.getitem or part.args[1] != i for i, part in enumerate(flat)):
+        return None
+    split = flat[0].args[0]
+    if any(part.args[0] is not split for part in flat) or split.target is not aten.split_with_sizes.default:
+        return None
+    source = split.args[0]
+    last = len(program.shape_expr(source)) - 1
+    whole = len(split.args[1]) == len(flat) and (split.args[2] if len(split.args) > 2 else 0) in (-1, last)
+    return source if whole else None
+
+
 def _use_output(program: Program, setting: Setting, node: fx.Node, out: fx.Node) -> None:
     """Let the users of the attention [B, H, S, D] use the operator's [B, S, H·D]."""
     batch, heads, length, width = program.shape_expr(node)
@@ -203,8 +219,8 @@ def sizes(setting: Setting, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def group_query_attention(
     setting: Setting,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     last: Tensor,
@@ -214,7 +230,7 @@ def group_query_attention(
     sinks: Tensor | None,
     attributes: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(attention [B, S, H·D], key cache, value cache)."""
+    """(attention [B, S, H·D], key cache, value cache); without keys and values, the query holds all three."""
     cos, sin = tables or (None, None)
     inputs: list[Tensor | None] = [
         query,
@@ -239,7 +255,7 @@ def group_query_attention(
         inputs,
         dict(attributes),
         dtypes=(query.dtype, key_cache.dtype, value_cache.dtype),
-        shapes=(query.shape, key_cache.shape, value_cache.shape),
+        shapes=((*query.shape[:2], attributes["num_heads"] * key_cache.shape[-1]), key_cache.shape, value_cache.shape),
         version=1,
     )
     return out, keys, values
