@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from irc.core.storage import save as save
     from irc.core.text import parse as parse
     from irc.core.verifier import verify as verify
+    from irc.drafting import make_draft as make_draft
     from irc.evaluation import EvaluationData as EvaluationData
     from irc.evaluation import assign_bits as assign_bits
     from irc.evaluation import evaluate as evaluate
@@ -53,6 +54,7 @@ _EXPORTS = {
     "draw": "irc.view.picture",
     "evaluate": "irc.evaluation.evaluate",
     "load": "irc.core.storage",
+    "make_draft": "irc.drafting",
     "parse": "irc.core.text",
     "save": "irc.core.storage",
     "sensitivity": "irc.evaluation.sensitivity",
