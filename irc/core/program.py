@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -314,6 +315,12 @@ class Program:
         return self.copy(replace_weights=given)
 
     # ---------------------------------------------------------------- copies
+
+    def save(self, folder: str | Path) -> None:
+        """Write the program as a folder that `irc.load` reads; see `irc.core.storage.save`."""
+        from irc.core.storage import save  # storage reads programs, so it cannot be imported before them
+
+        save(self, folder)
 
     def copy(self, *, replace_weights: Mapping[str, Tensor] | None = None) -> Program:
         """A program with its own graph that shares every weight (but for the replaced ones)."""

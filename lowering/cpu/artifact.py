@@ -90,7 +90,8 @@ class CpuArtifact(Artifact):
         return results
 
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
-        self._cache()
+        if self.kv_cache is None:
+            raise TargetError("this cpu artifact has no key-value cache: use the pass insert-kv-cache")
         given = [_dense(tokens), _dense(positions), _dense(logit_indices), *caches]
         if not all(cache.is_contiguous() for cache in caches):
             raise OptionError("caches must be dense: take them from new_caches")

@@ -39,8 +39,8 @@ class Grid:
         return scale, zero
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H with `damping` of its mean diagonal added (and all of it where an input is never active).
+def damping_of(hessian: Tensor, damping: float) -> Tensor:
+    """What to add to H's diagonal [K]: `damping` of its mean, and the mean itself where an input is never active.
 
     Raises:
         IrcError: H holds numbers that are not finite, or is zero.
@@ -51,10 +51,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     mean = float(diagonal.mean())
     if mean <= 0:
         raise IrcError("its inputs are zero in all calibration data")
-    dead = diagonal <= 0
-    added = torch.full_like(diagonal, damping * mean)
-    added[dead] += mean
-    return hessian + torch.diag(added)
+    return torch.where(diagonal > 0, damping * mean, (1 + damping) * mean)
 
 
 def search_scales(
@@ -65,7 +62,7 @@ def search_scales(
     Integers run over all that can be stored, -2^(bits-1) included: the extreme weight of a group that is negative
     fits with a smaller step. With `negative`, scales may be negative, so that this holds for every group.
 
-    Shapes: weight f32[N, K]; importance [K], mostly H's diagonal.
+    Shapes: weight f32[N, K]; importance [K], of the squared errors.
     """
     rows, width = weight.shape
     num_groups = chosen.scale_shape((rows, width))[-1]
@@ -125,7 +122,8 @@ class GptqSolver:
     """GPTQ for the rows of one layer, which are independent: the factor of H⁻¹ is computed once.
 
     Args:
-        hessian: f32[K, K], damped.
+        hessian: f32[K, K], left as it is.
+        damping: share of H's mean diagonal that is added to the diagonal.
         act_order: columns of the most active inputs first. Scales are fixed beforehand (static groups), so the order
             costs nothing at run time.
 
@@ -133,10 +131,21 @@ class GptqSolver:
         IrcError: H is not positive definite: more damping or more calibration data.
     """
 
-    def __init__(self, hessian: Tensor, *, act_order: bool = True) -> None:
-        diagonal = hessian.diagonal()
+    def __init__(self, hessian: Tensor, *, damping: float, act_order: bool = True) -> None:
+        added = damping_of(hessian, damping)
+        diagonal = hessian.diagonal() + added
         self._order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal))
-        self._factor = _inverse_factor(hessian[self._order[:, None], self._order])
+        # From here on one f64 matrix is all there is beside H: for wide layers it is what memory is needed for.
+        wide = hessian[self._order[:, None], self._order].double()
+        wide.diagonal().add_(added[self._order])
+        self._factor = _inverse_factor(wide)
+
+    @property
+    def importance(self) -> Tensor:
+        """What a squared error of each input's weights costs once all the others have made up for it: 1 / (H⁻¹)_ii."""
+        result = torch.empty(len(self._order))
+        result[self._order] = self._factor.square().sum(0).reciprocal_()
+        return result
 
     def integers(self, weight: Tensor, grid: Grid) -> Tensor:
         """Integers f32[N, K] of rows f32[N, K]: each column is rounded, the rest take over its error as H says."""
@@ -162,9 +171,8 @@ class GptqSolver:
         return found
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of H⁻¹, in one f64 matrix beside H."""
-    wide = hessian.double()
+def _inverse_factor(wide: Tensor) -> Tensor:
+    """The upper Cholesky factor f32[K, K] of the inverse of a matrix f64[K, K], which is overwritten."""
     _, info = torch.linalg.cholesky_ex(wide, out=(wide, torch.empty((), dtype=torch.int32)))
     if int(info):
         raise IrcError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from irc.core.contract import register_pass
 from irc.core.formats import QuantFormat
 from irc.passes.quantize._calibrated_weights import CalibratedWeights, RowQuantizer
-from irc.passes.quantize._gptq import GptqSolver, Grid, damped, make_grid
+from irc.passes.quantize._gptq import GptqSolver, Grid, make_grid
 from irc.passes.quantize._gram import InputStatistics
 
 _SEARCHES = ("absmax", "error")
@@ -30,7 +30,7 @@ class QuantizeGptq(CalibratedWeights):
     Attributes:
         act_order: columns of the most active inputs first.
         search: scales from the largest weight of a group (`absmax`), or from the least `error` of a group weighted
-            by how active its inputs are.
+            by what remains of an error after the other inputs have made up for it.
         damping: share of the Gram matrix's mean diagonal that is added to it.
         negative_scales: let `error` choose scales below zero, so that the extreme weight of every group, not only
             of those where it is negative, can use the one integer that has no positive twin. TensorRT and some
@@ -56,9 +56,8 @@ class QuantizeGptq(CalibratedWeights):
         return problems
 
     def row_quantizer(self, inputs: InputStatistics, form: QuantFormat) -> RowQuantizer:
-        gram = damped(inputs.gram, self.damping)
-        importance = gram.diagonal().clone() if self.search == "error" else None
-        solver = GptqSolver(gram, act_order=self.act_order)
+        solver = GptqSolver(inputs.gram, damping=self.damping, act_order=self.act_order)
+        importance = solver.importance if self.search == "error" else None
 
         def quantize(rows: Tensor) -> tuple[Tensor, Grid]:
             grid = make_grid(rows, form, importance, negative=self.negative_scales)

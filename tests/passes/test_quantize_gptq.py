@@ -17,7 +17,7 @@ from irc.core.formats import QuantFormat
 from irc.core.pipeline import parse_pipeline
 from irc.core.program import Program
 from irc.passes import QuantizeClipped, QuantizeGptq, QuantizeWeights
-from irc.passes.quantize._gptq import GptqSolver, damped, make_grid, search_scales
+from irc.passes.quantize._gptq import GptqSolver, make_grid, search_scales
 
 PASSES = (QuantizeGptq, QuantizeClipped)
 FORMATS = [(4, 16, True), (3, None, True), (4, 8, False), (2, 16, False), (8, None, True)]
@@ -92,7 +92,7 @@ def test_gptq_lowers_what_it_says_it_lowers() -> None:
     """tr((W - Ŵ)·H·(W - Ŵ)ᵀ), against nearest numbers on the very same grid, in both orders."""
     torch.manual_seed(0)
     weight, inputs = torch.randn(24, 64), data(8, 40, 64).flatten(0, 1)
-    hessian = damped(inputs.T @ inputs / len(inputs), 0.01)
+    hessian = inputs.T @ inputs / len(inputs)
     grid = make_grid(weight, QuantFormat(3, 16))
     scale, zero = grid.columns(64)
 
@@ -101,7 +101,7 @@ def test_gptq_lowers_what_it_says_it_lowers() -> None:
         return float(((error @ hessian) * error).sum())
 
     nearest = (weight / scale).round().clamp(grid.low, grid.high)
-    found = [GptqSolver(hessian, act_order=order).integers(weight, grid) for order in (False, True)]
+    found = [GptqSolver(hessian, damping=0.01, act_order=order).integers(weight, grid) for order in (False, True)]
     for integers in found:
         assert torch.equal(integers, integers.round().clamp(grid.low, grid.high))
         assert loss(integers) < 0.9 * loss(nearest)
@@ -109,9 +109,9 @@ def test_gptq_lowers_what_it_says_it_lowers() -> None:
 
 def test_the_first_column_is_rounded_and_the_second_makes_up_for_it() -> None:
     """Two inputs that always agree: only the sum of their weights matters."""
-    weight, hessian = torch.tensor([[0.4, 0.4]]), damped(torch.ones(2, 2), 1e-4)
+    weight, hessian = torch.tensor([[0.4, 0.4]]), torch.ones(2, 2)
     grid = dataclasses.replace(make_grid(torch.tensor([[7.0, 7.0]]), QuantFormat(4)), scale=torch.ones(1, 1))
-    assert GptqSolver(hessian, act_order=False).integers(weight, grid).tolist() == [[0.0, 1.0]]
+    assert GptqSolver(hessian, damping=1e-4, act_order=False).integers(weight, grid).tolist() == [[0.0, 1.0]]
 
 
 def test_the_whole_integer_range_is_used() -> None:
@@ -122,7 +122,7 @@ def test_the_whole_integer_range_is_used() -> None:
     assert torch.allclose(grid.scale, torch.tensor([[1.0], [8 / 7]]))
     grid = search_scales(weight, QuantFormat(4), importance, smallest=7 / 8, negative=True)
     assert torch.allclose(grid.scale, torch.tensor([[1.0], [-1.0]]))
-    integers = GptqSolver(torch.eye(4)).integers(weight, grid)
+    integers = GptqSolver(torch.eye(4), damping=0.01).integers(weight, grid)
     assert integers.tolist() == [[-8.0, 5.0, 3.0, -1.0]] * 2
 
 

@@ -1,0 +1,108 @@
+"""Attention over contiguous and paged keys and values, grouped heads, in f32: decode, verification and prefill.
+
+One call does all sizes: few queries and paged caches are worked on by dots with the keys split over the workers, many
+queries over contiguous keys by matrix tiles. `irc/attention.h` has both, and the bound on their error.
+
+Nothing is packed: keys and values are read as they lie. `epilogue(b, h, s, values)` gets one head's output of one query
+as f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from irc.core.errors import TargetError
+from irc.lowering.cpp.templates.base import C_TYPES
+
+INCLUDES = ("irc/attention.h",)
+MASKS = ("full", "causal", "sliding", "chunked")
+_WIDEST = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionProblem:
+    """softmax(cap(q · kᵀ · scale), masked) · v; what is known when the kernel is printed.
+
+    Attributes:
+        width: D of queries and keys.
+        value_width: D of values.
+        query: type of queries in memory: f32, bf16 or f16.
+        cache: type of keys and values.
+        mask: as `irc::attention` has it.
+        window: of sliding and chunked masks.
+        scale: of the scores.
+        softcap: of the scores, or None.
+        has_bias: an additive bias or a mask tensor is given.
+    """
+
+    width: int
+    value_width: int
+    query: str = "f32"
+    cache: str = "f32"
+    mask: str = "full"
+    window: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    has_bias: bool = False
+
+
+def refuses(problem: AttentionProblem, isa: str) -> str | None:
+    """Why the template cannot do the problem, or None. The same on every instruction set."""
+    if problem.has_bias:
+        return "attention with a bias tensor"
+    for what, kind in (("queries", problem.query), ("keys and values", problem.cache)):
+        if kind not in C_TYPES:
+            return f"{what} in {kind}; known: {', '.join(C_TYPES)}"
+    if problem.mask not in MASKS:
+        return f"mask {problem.mask!r}; known: {', '.join(MASKS)}"
+    if problem.mask in ("sliding", "chunked") and not problem.window:
+        return f"mask {problem.mask!r} without a window"
+    if not (0 < problem.width <= _WIDEST and 0 < problem.value_width <= _WIDEST):
+        return f"heads of {problem.width} and {problem.value_width}; at most {_WIDEST}"
+    return None
+
+
+def scratch_expression(problem: AttentionProblem, args: Mapping[str, str], *, paged: bool = False) -> str:
+    """C++ expression of the bytes that `call` needs, over the sizes and `workers` in args."""
+    sizes = ", ".join(args[name] for name in ("batch", "heads", "kv_heads", "queries", "length"))
+    return (
+        f"irc::attention_scratch({problem.width}, {problem.value_width}, {sizes},"
+        f" {'true' if paged else 'false'}, {args['workers']})"
+    )
+
+
+def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> str:
+    """Attends.
+
+    Args: worker, scratch; batch, heads, kv_heads, queries, length; query, keys, values, each with `<name>_strides`:
+        three expressions "batch, head, row" in elements.
+        Optional (default nullptr): positions (const int64_t* [batch, queries]), sinks (const float* [heads]).
+        Flat tokens over a paged cache: sequence_ids (const int64_t* [queries]), table (const int64_t*), table_stride,
+        page_size; batch is 1, the batch stride of keys and values is a block's, length is the table's width times
+        page_size.
+    """
+    reason = refuses(problem, "plain")
+    if reason:
+        raise TargetError(f"attention cannot do {problem}: {reason}")
+    query, cache = C_TYPES[problem.query], C_TYPES[problem.cache]
+    paging = f", {args['table']}, {args['table_stride']}, {args['page_size']}" if "table" in args else ""
+    sizes = ", ".join(args[name] for name in ("batch", "heads", "kv_heads", "queries", "length"))
+    return (
+        "{\n"
+        f"    const irc::AttentionArguments<{query}, {cache}> attended{{\n"
+        f"        {args['query']}, {args['query_strides']},\n"
+        f"        {{{args['keys']}, {args['keys_strides']}{paging}}},\n"
+        f"        {{{args['values']}, {args['values_strides']}{paging}}},\n"
+        f"        {args.get('positions', 'nullptr')}, {args.get('sequence_ids', 'nullptr')},"
+        f" {args.get('sinks', 'nullptr')}, {sizes},\n"
+        f"        irc::MaskKind::{problem.mask}, {problem.window or 0}, {_float(problem.scale)},"
+        f" {_float(problem.softcap or 0.0)}}};\n"
+        f"    irc::attention<{problem.width}, {problem.value_width}>({args['worker']}, attended, {args['scratch']},"
+        f" {epilogue});\n"
+        "}\n"
+    )
+
+
+def _float(x: float) -> str:
+    return f"{float(x)!r}f"
