@@ -161,7 +161,7 @@ def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
 
     tokenizer = load_tokenizer()
     model, draft = demo("tinypy"), demo("tinypy-draft")
-    documents = [text for text in read_documents("validation")][:40]
+    documents = read_documents("validation")[:40]
     code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
     line = "    parser.add_argument('--{0}', dest='{0}', default=None, help='the {0} of the file')\n"
     copied = ["".join(line.format(w) for w in ("name", "size", "mode", "path")) for _ in range(1)]

@@ -57,8 +57,10 @@ class Grammars:
             raise OptionError(f"structured output is one of {', '.join(_FORMATS)}, not {kind!r}")
         given = text if isinstance(text, str) else json.dumps(text)
         try:
-            if kind == "json_schema":  # compact: free white space lets a model go on for ever without saying anything
-                grammar = self._library.JsonCompiler(whitespace_flexible=False).compile(given)
+            if kind == "json_schema":  # compact: with free white space a model may go on for ever saying nothing
+                grammar = self._library.LLMatcher.grammar_from_json_schema(
+                    given, overrides={"whitespace_flexible": False}
+                )
             else:
                 form: Any = _FORMATS[kind]
                 grammar = self._library.grammar_from(form, given)

@@ -19,7 +19,7 @@ from irc.frontend import capture
 from irc.passes.prune.drop_layers import DropLayers, find_layers
 from tests import zoo
 
-CONFIG = TinyPyConfig(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=48, max_positions=64)
+CONFIG = TinyPyConfig(vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=64, max_positions=64)
 TOKENS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
