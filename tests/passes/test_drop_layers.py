@@ -27,6 +27,7 @@ TOKENS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1)
 def model() -> TinyPy:
     torch.manual_seed(0)
     model = TinyPy(CONFIG).eval()
+    model.lm_head.weight = nn.Parameter(torch.randn(64, 32))
     with torch.no_grad():  # layer 2 does next to nothing
         for weight in (model.layers[2].attn.o_proj.weight, model.layers[2].mlp.down_proj.weight):
             weight *= 1e-4
