@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from irc.compiler import Compiled as Compiled
     from irc.compiler import compile as compile
+    from irc.compiler import load as load
     from irc.core.bisect import bisect as bisect
     from irc.core.calibration import CalibrationData as CalibrationData
     from irc.core.contract import PassContext as PassContext
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from irc.core.formats import QuantFormat as QuantFormat
     from irc.core.manager import PassManager as PassManager
     from irc.core.program import Program as Program
-    from irc.core.storage import load as load
     from irc.core.storage import save as save
     from irc.core.text import parse as parse
     from irc.core.verifier import verify as verify
@@ -52,7 +52,7 @@ _EXPORTS = {
     "diff": "irc.view.difference",
     "draw": "irc.view.picture",
     "evaluate": "irc.evaluation.evaluate",
-    "load": "irc.core.storage",
+    "load": "irc.compiler",
     "parse": "irc.core.text",
     "save": "irc.core.storage",
     "sensitivity": "irc.evaluation.sensitivity",

@@ -19,6 +19,7 @@ from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Report, Row
+from irc.core.storage import load as load_program
 from irc.core.target import Artifact, Target, get_target
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
 from irc.runtime.models import paged_model
@@ -95,6 +96,25 @@ def compile(
         artifact=artifact, program=result.program, stages=result.stages, report=result.report, target=chosen,
         tokenizer=tokenizer, eos=_end_tokens(model),
     )  # fmt: skip
+
+
+def load(path: str | Path, *, options: Mapping[str, Any] | None = None) -> Any:
+    """What was saved: a `Program` from a program folder, an artifact from one that a target wrote (`model.irca`).
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    manifest = Path(path) / "manifest.json"
+    try:
+        entry = json.loads(manifest.read_text()) if manifest.is_file() else None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{manifest} is damaged: {error}") from None
+    if isinstance(entry, dict) and isinstance(entry.get("target"), str):
+        target = get_target(entry["target"])
+        return target.load(path, options)
+    if options is not None:
+        raise OptionError(f"{path} holds a program, which takes no options")
+    return load_program(path)
 
 
 def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) -> Program:
