@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from irc.evaluation import evaluate as evaluate
     from irc.evaluation import sensitivity as sensitivity
     from irc.frontend import capture as capture
+    from irc.lowering.gguf import export_gguf as export_gguf
+    from irc.lowering.gguf import from_gguf as from_gguf
     from irc.view.difference import diff as diff
     from irc.view.picture import draw as draw
 
@@ -52,6 +54,8 @@ _EXPORTS = {
     "diff": "irc.view.difference",
     "draw": "irc.view.picture",
     "evaluate": "irc.evaluation.evaluate",
+    "export_gguf": "irc.lowering.gguf",
+    "from_gguf": "irc.lowering.gguf",
     "load": "irc.compiler",
     "parse": "irc.core.text",
     "save": "irc.core.storage",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -89,7 +90,8 @@ def compile(
         )  # fmt: skip
         result = manager.run(program)
     result.report.rows[0].ms = capture_ms
-    artifact, row = _lower(chosen, result.program, options, check=verify != "off")
+    settings = _with_tokenizer(chosen, options, tokenizer)
+    artifact, row = _lower(chosen, result.program, settings, check=verify != "off")
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
     return Compiled(
@@ -130,6 +132,14 @@ def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) ->
     args, kwargs = _split(example_inputs)
     own.example_inputs = tuple(own.flatten_inputs(args, kwargs))
     return own
+
+
+def _with_tokenizer(target: Target, options: Mapping[str, Any] | None, tokenizer: Any) -> Mapping[str, Any] | None:
+    """Options for a target whose artifact holds a tokenizer: the compilation's own, unless they name one."""
+    takes = any(field.name == "tokenizer" for field in dataclasses.fields(target.options_type))
+    if tokenizer is None or not takes or not isinstance(options, Mapping | None):
+        return options
+    return {"tokenizer": tokenizer, **(options or {})}
 
 
 def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
