@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Report, Row
+from irc.core.storage import load as load_program
 from irc.core.target import Artifact, Target, get_target
 from irc.runtime.engine import EngineOptions
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
@@ -92,13 +94,33 @@ def compile(
         )  # fmt: skip
         result = manager.run(program)
     result.report.rows[0].ms = capture_ms
-    artifact, row = _lower(chosen, result.program, options, check=verify != "off")
+    settings = _with_tokenizer(chosen, options, tokenizer)
+    artifact, row = _lower(chosen, result.program, settings, check=verify != "off")
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
     return Compiled(
         artifact=artifact, program=result.program, stages=result.stages, report=result.report, target=chosen,
         tokenizer=tokenizer, eos=_end_tokens(model),
     )  # fmt: skip
+
+
+def load(path: str | Path, *, options: Mapping[str, Any] | None = None) -> Any:
+    """What was saved: a `Program` from a program folder, an artifact from one that a target wrote (`model.irca`).
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    manifest = Path(path) / "manifest.json"
+    try:
+        entry = json.loads(manifest.read_text()) if manifest.is_file() else None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{manifest} is damaged: {error}") from None
+    if isinstance(entry, dict) and isinstance(entry.get("target"), str):
+        target = get_target(entry["target"])
+        return target.load(path, options)
+    if options is not None:
+        raise OptionError(f"{path} holds a program, which takes no options")
+    return load_program(path)
 
 
 def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) -> Program:
@@ -114,6 +136,14 @@ def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) ->
     args, kwargs = _split(example_inputs)
     own.example_inputs = tuple(own.flatten_inputs(args, kwargs))
     return own
+
+
+def _with_tokenizer(target: Target, options: Mapping[str, Any] | None, tokenizer: Any) -> Mapping[str, Any] | None:
+    """Options for a target whose artifact holds a tokenizer: the compilation's own, unless they name one."""
+    takes = any(field.name == "tokenizer" for field in dataclasses.fields(target.options_type))
+    if tokenizer is None or not takes or not isinstance(options, Mapping | None):
+        return options
+    return {"tokenizer": tokenizer, **(options or {})}
 
 
 def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
