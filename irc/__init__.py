@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from irc.compiler import Compiled as Compiled
     from irc.compiler import compile as compile
+    from irc.compiler import load as load
     from irc.core.bisect import bisect as bisect
     from irc.core.calibration import CalibrationData as CalibrationData
     from irc.core.contract import PassContext as PassContext
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from irc.core.formats import QuantFormat as QuantFormat
     from irc.core.manager import PassManager as PassManager
     from irc.core.program import Program as Program
-    from irc.core.storage import load as load
     from irc.core.storage import save as save
     from irc.core.text import parse as parse
     from irc.core.verifier import verify as verify
+    from irc.drafting import make_draft as make_draft
     from irc.evaluation import EvaluationData as EvaluationData
     from irc.evaluation import assign_bits as assign_bits
     from irc.evaluation import evaluate as evaluate
@@ -58,7 +59,8 @@ _EXPORTS = {
     "export_gguf": "irc.lowering.gguf",
     "from_gguf": "irc.lowering.gguf",
     "from_onnx": "irc.frontend.onnx",
-    "load": "irc.core.storage",
+    "load": "irc.compiler",
+    "make_draft": "irc.drafting",
     "parse": "irc.core.text",
     "save": "irc.core.storage",
     "sensitivity": "irc.evaluation.sensitivity",
