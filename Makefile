@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage onnx-coverage bench clean
+.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -31,6 +31,9 @@ demo:  ## the main job, end to end
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
 
+onnx-genai:  ## generate with onnxruntime-genai (needs that package)
+	$(PYTHON) -m pytest tests/lowering/test_onnx_genai.py
+
 onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
 	$(PYTHON) -m tests.onnx_coverage
 
@@ -39,3 +42,13 @@ bench:  ## all benchmarks, short
 
 clean:  ## remove what builds and checks leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis irc-demo
+
+kernels-sanitized:  ## kernel tests under the address, undefined-behaviour and thread sanitizers
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Ilowering/cpp/include tests/kernels/pool_stress.cpp \
+		-o $(or $(TMPDIR),/tmp)/irc-pool-stress && $(or $(TMPDIR),/tmp)/irc-pool-stress
+	IRC_KERNEL_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(PYTHON) -m pytest tests/kernels
+
+kernels-emulated:  ## kernel tests with AVX-512 computed by SIMDe (Debian: apt install libsimde-dev); about 10 minutes
+	IRC_KERNEL_FLAGS="-DIRC_EMULATE_AVX512 -Wno-error" $(PYTHON) -m pytest tests/kernels

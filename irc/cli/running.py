@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,12 +28,18 @@ def compile(
     ] = None,
     calibration: CalibrationOption = None,
     resume: ResumeOption = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-O", help="An option of the target, KEY=VALUE, e.g. type=q4_k_m; several times."),
+    ] = None,
 ) -> None:
     """Compile a model for a target and save the artifact.
 
     Examples:
 
         irc compile demo --target onnx -o tinypy.onnx
+
+        irc compile demo --target gguf -O type=q4_k_m -o tinypy.gguf
 
         irc compile demo -t reference -p 'quantize-weights{bits=8},insert-kv-cache' -o tinypy.compiled
     """
@@ -46,6 +52,7 @@ def compile(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
         calibration=load_calibration(calibration, loaded), pass_options={"resume": resume},
+        options=_options(option or []),
     )  # fmt: skip
     Console().print(compiled.report)
     compiled.save(output)
@@ -114,3 +121,21 @@ def targets() -> None:
     for name, target in registered_targets().items():
         table.add_row(name, target.description, target.available() or "ready")
     Console().print(table)
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as options; numbers, lists and mappings as YAML writes them."""
+    import yaml
+
+    from irc.core.errors import OptionError
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise OptionError(f"--option takes KEY=VALUE, not {text!r}")
+        try:
+            found[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"--option {text}: {error}") from error
+    return found

@@ -23,8 +23,8 @@ ISA_FLAGS = {
 }  # fmt: skip
 """Instruction set → compiler flags, the least capable first."""
 COMMON = (
-    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-fvisibility=hidden",
-    "-pthread",
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fno-ipa-cp-clone", "-fPIC",
+    "-fvisibility=hidden", "-pthread",
 )  # fmt: skip
 _CPU_NEEDS = {
     "plain": set[str](),

@@ -23,7 +23,8 @@ from irc.lowering.cpp.expressions import (
     size_text,
 )
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.kernel import Combine, Kernel, Loop, Start, Statement, Store, axes_of, values_of
+from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Start, Statement, Store, axes_of, values_of
+from irc.lowering.kernels.sites import Memory
 from irc.lowering.kernels.values import Apply, Index, Literal, Load, Local, Value, loads, walk
 
 WORK_A_CHUNK = 16384
@@ -32,34 +33,67 @@ _OPERATORS = {"sum": "+", "prod": "*", "max": "max", "min": "min", "any": "||", 
 
 
 @dataclass(frozen=True)
-class PrintedKernel:
-    """A kernel's function.
+class PrintedFunction:
+    """A function that all workers call.
 
     Attributes:
-        parameters: declarations after the worker.
+        name: readable; the program makes it unique.
+        comment: lines above it.
+        parameters: declarations after the worker, without the sizes.
         body: text between the braces.
-        buffers: for each pointer parameter its buffer.
-        sizes: names of the size parameters.
+        arguments: for each parameter its buffer, memory, or C++ text.
+        sizes: named dimensions that follow as parameters.
+        includes: headers that it needs.
+        scratch: C++ expression of the bytes that it needs beside its operands; empty: none.
     """
 
-    kernel: Kernel
+    name: str
+    comment: tuple[str, ...]
     parameters: tuple[str, ...]
     body: str
-    buffers: tuple[Buffer, ...]
+    arguments: tuple[Buffer | Memory | str, ...]
     sizes: tuple[sympy.Symbol, ...]
+    includes: tuple[str, ...] = ()
+    scratch: str = ""
 
-    def function(self, name: str) -> str:
+    @property
+    def key(self) -> str:
+        """Equal for functions that do the same."""
+        return f"{self.parameters}{self.sizes}{self.body}"
+
+    def text(self, name: str) -> str:
         """The whole function under a name."""
-        comment = "".join(f"// {origin}\n" for origin in self.kernel.origins)
-        return f"{comment}void {name}(irc::Worker& worker, {', '.join(self.parameters)}) {{\n{self.body}}}\n"
+        comment = "".join(f"// {line}\n" for line in self.comment)
+        parameters = [*self.parameters, *(f"int64_t {size.name}" for size in self.sizes)]
+        return f"{comment}void {name}(irc::Worker& worker, {', '.join(parameters)}) {{\n{self.body}}}\n"
 
     def call(self, name: str, arguments: Sequence[str]) -> str:
-        return f"{name}(worker, {', '.join((*arguments, *(s.name for s in self.sizes)))});"
+        return f"{name}(worker, {', '.join((*arguments, *(size.name for size in self.sizes)))});"
 
 
-def print_kernel(kernel: Kernel) -> PrintedKernel:
+@dataclass(frozen=True)
+class PrintedEpilogue:
+    """What a template does with its result, as a C++ lambda `(int64_t m, int64_t n0, int64_t n1, const float* values)`.
+
+    Attributes:
+        text: the lambda.
+        parameters, arguments, sizes: what it uses, as of `PrintedFunction`.
+    """
+
+    text: str
+    parameters: tuple[str, ...]
+    arguments: tuple[Buffer, ...]
+    sizes: tuple[sympy.Symbol, ...]
+
+
+def print_kernel(kernel: Kernel) -> PrintedFunction:
     """Print a kernel."""
     return _Printer(kernel).printed()
+
+
+def print_epilogue(kernel: Kernel) -> PrintedEpilogue:
+    """Print the kernel of a template's epilogue."""
+    return _Printer(kernel).epilogue()
 
 
 def pointer_declarations(written: Sequence[Buffer], read: Sequence[Buffer]) -> tuple[dict[Buffer, str], list[str]]:
@@ -86,10 +120,35 @@ class _Printer:
         for i, symbol in enumerate(dict.fromkeys(a.symbol for a in inner)):
             self.names[symbol] = f"j{i}"
 
-    def printed(self) -> PrintedKernel:
-        sizes = tuple(s for s in self.kernel.sizes if s not in self.names)
-        parameters = (*self.declared, *(f"int64_t {s.name}" for s in sizes))
-        return PrintedKernel(self.kernel, parameters, self._body(), tuple(self.pointers), sizes)
+    def printed(self) -> PrintedFunction:
+        comment = tuple(str(origin) for origin in self.kernel.origins)
+        return PrintedFunction(
+            self.kernel.name, comment, tuple(self.declared), self._body(), tuple(self.pointers), self._sizes()
+        )
+
+    def _sizes(self) -> tuple[sympy.Symbol, ...]:
+        return tuple(s for s in self.kernel.sizes if s not in self.names)
+
+    def epilogue(self) -> PrintedEpilogue:
+        kernel, out = self.kernel, _Lines(2)
+        if len(kernel.outer) == 1:
+            self.names[kernel.outer[0].symbol] = "m"
+        elif kernel.outer:
+            self._decompose(out, "m")
+        body, columns = kernel.body, []
+        while len(body) == 1 and isinstance(body[0], Loop):
+            columns.append(body[0].axis)
+            body = body[0].body
+        out.add("#pragma omp simd", indent=False)
+        out.add("for (int64_t n = n0; n < n1; ++n) {")
+        out.depth += 1
+        self._columns(columns, out)
+        out.add("const float acc = values[n - n0];")
+        _Body(self, out).statements(body)
+        out.depth -= 1
+        out.add("}")
+        head = "[&]([[maybe_unused]] int64_t m, int64_t n0, int64_t n1, const float* values) {\n"
+        return PrintedEpilogue(f"{head}{out.text()}    }}", tuple(self.declared), tuple(self.pointers), self._sizes())
 
     def _body(self) -> str:
         kernel, out = self.kernel, _Lines(1)
@@ -119,9 +178,18 @@ class _Printer:
         out.add("});")
         return out.text()
 
-    def _decompose(self, out: _Lines) -> None:
+    def _columns(self, columns: Sequence[Axis], out: _Lines) -> None:
+        """Indices of the columns' axes from their common position n."""
+        if len(columns) == 1:
+            self.names[columns[0].symbol] = "n"
+        elif columns:
+            high, low = columns
+            extent = size_text(low.extent, self.names)
+            out.add(f"const int64_t {self.names[high.symbol]} = n / {extent};")
+            out.add(f"const int64_t {self.names[low.symbol]} = n % {extent};")
+
+    def _decompose(self, out: _Lines, rest: str = "i") -> None:
         """Indices of the outer axes from their common position."""
-        rest = "i"
         for number in range(len(self.kernel.outer) - 1, -1, -1):
             extent = size_text(self.kernel.outer[number].extent, self.names)
             if number == 0:

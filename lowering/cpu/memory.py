@@ -47,7 +47,7 @@ def touched(step: Kernel | TemplateCall) -> tuple[list[Buffer], list[Buffer]]:
     """(buffers that a step writes, buffers that it reads)."""
     if isinstance(step, Kernel):
         return step.writes, step.reads
-    return [step.write], [*(read[0] for read in step.reads), *step.extra_reads]
+    return [step.write], [*(read.buffer for read in step.reads), *step.extra_reads]
 
 
 def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int]) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from irc.core.errors import OptionError, nearest
 from irc.lowering.cpp.build import ISA_FLAGS
@@ -18,6 +19,8 @@ class CpuOptions:
         threads: of the pool; None: as many as PyTorch uses.
         flags: further options of the compiler.
         save_isas: instruction sets to build into a saved artifact (empty: the one in use).
+        activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the
+            program multiplies with floats (a scale a token; an approximation, and said so in the notes).
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
     """
 
@@ -25,11 +28,14 @@ class CpuOptions:
     threads: int | None = None
     flags: Sequence[str] = ()
     save_isas: Sequence[str] = ()
+    activations: Literal["program", "int8"] = "program"
     templates: bool = True
 
     def __post_init__(self) -> None:
         for isa in (*([self.isa] if self.isa is not None else []), *self.save_isas):
             if isa not in ISA_FLAGS:
                 raise OptionError(f"no instruction set is called {isa!r}{nearest(isa, ISA_FLAGS)}")
+        if self.activations not in ("program", "int8"):
+            raise OptionError(f"activations must be program or int8, not {self.activations!r}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads must be positive, not {self.threads}")

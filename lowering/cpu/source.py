@@ -9,14 +9,14 @@ import sympy
 
 from irc.core.program import Program
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
-from irc.lowering.cpp.printer import PrintedKernel, print_kernel
+from irc.lowering.cpp.printer import PrintedFunction, print_kernel
 from irc.lowering.cpu.memory import ALIGNMENT, Plan, touched
-from irc.lowering.cpu.templates import PrintedTemplate, print_template
+from irc.lowering.cpu.sites.registry import print_template
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
-from irc.lowering.kernels.sites import TemplateCall
+from irc.lowering.kernels.sites import Memory
 
 _INCLUDES = ("cmath", "cstring", "limits", "irc/isa.h", "irc/pool.h", "irc/pool_impl.h", "irc/elementwise.h")
 INTERFACE = """
@@ -66,13 +66,12 @@ class _Functions:
     taken: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
 
-    def name_of(self, printed: PrintedKernel) -> str:
-        key = f"{printed.parameters}{printed.body}"
-        if key not in self.names:
-            name = _identifier(f"k{len(self.texts)}_{printed.kernel.name}", self.taken)
-            self.names[key] = name
-            self.texts.append(printed.function(name))
-        return self.names[key]
+    def name_of(self, printed: PrintedFunction) -> str:
+        if printed.key not in self.names:
+            name = _identifier(f"k{len(self.texts)}_{printed.name}", self.taken)
+            self.names[printed.key] = name
+            self.texts.append(printed.text(name))
+        return self.names[printed.key]
 
 
 def print_program(
@@ -89,17 +88,11 @@ def print_program(
     steps: list[_Step] = []
     for step in schedule.steps:
         writes, reads = touched(step)
-        comment = [str(origin) for origin in step.origins]
-        if isinstance(step, Kernel):
-            printed = print_kernel(step)
-            statement = printed.call(functions.name_of(printed), [pointers.of(b) for b in printed.buffers])
-            used = list(printed.buffers)
-        else:
-            made = _print_call(step, pointers, program, weights)
-            includes += [i for i in made.includes if i not in includes]
-            scratch += [made.scratch] if made.scratch else []
-            statement, used = made.statement, [*writes, *reads]
-        del used
+        made = print_kernel(step) if isinstance(step, Kernel) else print_template(step, program, weights)
+        includes += [i for i in made.includes if i not in includes]
+        scratch += [made.scratch] if made.scratch else []
+        arguments = [pointers.argument(a) for a in made.arguments]
+        statement, comment = made.call(functions.name_of(made), arguments), list(made.comment)
         steps.append(_Step(comment, statement, {pointers.place(b) for b in writes}, {pointers.place(b) for b in reads}))
     steps += _copies(program, schedule, pointers)
     lines, barriers = _with_barriers(steps)
@@ -120,10 +113,6 @@ def print_program(
     return SourceText(text + INTERFACE, len(functions.texts), barriers)
 
 
-def _print_call(call: TemplateCall, pointers: _Pointers, program: Program, weights: WeightBlock) -> PrintedTemplate:
-    return print_template(call, pointers.of, program, weights)
-
-
 class _Pointers:
     """C++ names of buffers in the step."""
 
@@ -142,6 +131,14 @@ class _Pointers:
                                f" reinterpret_cast<{'const ' if buffer.kind == 'weight' else ''}{kind}*>"
                                f"({self._source(buffer)});  // {buffer}")  # fmt: skip
         return self._names[buffer]
+
+    def argument(self, value: Buffer | Memory | str) -> str:
+        """An argument of a function as C++."""
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Buffer):
+            return self.of(value)
+        return self.of(value.buffer) + ("" if value.start == 0 else f" + {size_text(value.start, {})}")
 
     def place(self, buffer: Buffer) -> str:
         """What memory a buffer is: equal for buffers that share it."""

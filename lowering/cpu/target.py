@@ -19,8 +19,8 @@ from irc.lowering.cpu.artifact import FORMAT, CpuArtifact
 from irc.lowering.cpu.memory import plan_memory
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.prepare import fold_constants
+from irc.lowering.cpu.sites import matchers
 from irc.lowering.cpu.source import dims_of, hints_of, print_program
-from irc.lowering.cpu.templates import matchers
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
 from irc.lowering.kernels.definitions import Call, Definer, definition_of
@@ -65,14 +65,14 @@ class CpuTarget(Target):
             f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
         )
         manifest = _manifest(own, schedule, weights, notes)
-        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes)
+        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:
         return portable_passes(program)
 
 
 def _matchers(options: CpuOptions) -> list[Any]:
-    return matchers() if options.templates else []
+    return matchers(options) if options.templates else []
 
 
 def check(program: Program, options: CpuOptions) -> Coverage:

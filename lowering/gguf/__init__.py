@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from irc.lowering.gguf.export import Exported, export_gguf
+from irc.lowering.gguf.importing import from_gguf
+from irc.lowering.gguf.target import GgufArtifact, GgufOptions, GgufTarget
 
-__all__ = ["Exported", "export_gguf"]
+__all__ = ["Exported", "GgufArtifact", "GgufOptions", "GgufTarget", "export_gguf", "from_gguf"]

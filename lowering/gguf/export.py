@@ -17,6 +17,7 @@ from irc.lowering.gguf.layout import Layout, lay_out
 from irc.lowering.gguf.match import find_architecture
 from irc.lowering.gguf.mixes import FLOATS, MIXES, Place, choose_type, mix_name
 from irc.lowering.gguf.pieces import FileTensor
+from irc.lowering.gguf.tokenizers import tokenizer_metadata
 from irc.lowering.gguf.writing import write_file
 
 _FLOAT_NAMES = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16", "torch.float64": "f32"}
@@ -85,7 +86,7 @@ def export_gguf(
         "general.quantization_version": 2,
     }
     values |= layout.metadata
-    values |= _vocabulary(tokenizer, chat_template, model.vocabulary, layout)
+    values |= _vocabulary(tokenizer, chat_template, model.vocabulary, layout, metadata or {})
     values |= metadata or {}
     importance = _importance(imatrix, layout, chosen)
     target = Path(path)
@@ -161,11 +162,14 @@ def _is_lossy(program: Program, tensor: FileTensor, kind: str) -> bool:
     return any(_FLOAT_NAMES.get(str(piece.node.meta[VAL].dtype)) != kind for piece in tensor.pieces if piece.node)
 
 
-def _vocabulary(tokenizer: Any, chat_template: str | None, size: int, layout: Layout) -> dict[str, Any]:
+def _vocabulary(
+    tokenizer: Any, chat_template: str | None, size: int, layout: Layout, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
     if tokenizer is None:
         layout.notes.append("no tokenizer: the file holds no vocabulary, so only token ids go in and come out")
         return {"tokenizer.ggml.model": "no_vocab"}
-    raise TargetError("tokenizers are not written yet")
+    pre = wanted.get("tokenizer.ggml.pre")
+    return tokenizer_metadata(tokenizer, size, chat_template=chat_template, pre=None if pre is None else str(pre))
 
 
 def _importance(imatrix: Any, layout: Layout, chosen: list[tuple[FileTensor, str]]) -> dict[str, Any] | None:

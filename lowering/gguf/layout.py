@@ -20,7 +20,9 @@ from irc.lowering.gguf.pieces import FileTensor, Piece, bias_piece, check_factor
 from irc.lowering.gguf.rotary import explain_frequencies
 
 _DEFAULT_CONTEXT = 2048
+# Keys that llama.cpp does not look at: what the program had before, for a reader that wants exactly that.
 ROPE_KEY = "irc.rope.pairs"
+FREQUENCIES_KEY = "irc.rope.frequencies"
 
 
 @dataclass
@@ -165,8 +167,9 @@ class _Layout:
         # Layers with a window may turn at another base, and llama.cpp does not scale theirs.
         if self.entry.name in ("gemma2", "gemma3") and any(layer.attention.window for layer in self.model.layers):
             values["rope.freq_base_swa"] = explain_frequencies(groups[-1].frequencies).base
+            self.out.metadata[FREQUENCIES_KEY + "_swa"] = groups[-1].frequencies.float().tolist()
+        self.out.metadata[FREQUENCIES_KEY] = plain.frequencies.float().tolist()
         if not plain.interleaved and self.entry.rope == "interleaved":
-            # For readers that run the program as it was; llama.cpp does not look at it.
             self.out.metadata[ROPE_KEY] = "half"
 
     # ---------------------------------------------------------------- tensors
@@ -337,4 +340,4 @@ def _reordered(linear: Linear, heads: int, order: Tensor | None) -> Linear:
     return dataclasses.replace(linear, rows=rows.view(heads, -1)[:, order].reshape(-1))
 
 
-__all__ = ["NEVER", "ROPE_KEY", "Layout", "fx", "lay_out"]
+__all__ = ["FREQUENCIES_KEY", "NEVER", "ROPE_KEY", "Layout", "fx", "lay_out"]

@@ -24,10 +24,10 @@ from irc.core.target import op_name
 from irc.lowering.kernels import ops as _ops  # registers the definitions
 from irc.lowering.kernels.buffers import Buffer, row_major
 from irc.lowering.kernels.definitions import Definer, convert, definition_of, settle
-from irc.lowering.kernels.indexing import ZERO, index_symbol, simplify
+from irc.lowering.kernels.indexing import ZERO, index_symbol, reshape_index, simplify
 from irc.lowering.kernels.kernel import Kernel, Origin
-from irc.lowering.kernels.schedule import AxisRange, Item, build_kernel
-from irc.lowering.kernels.sites import Matcher, Site, TemplateCall, first_match
+from irc.lowering.kernels.schedule import AxisRange, Item, build_epilogue, build_kernel
+from irc.lowering.kernels.sites import Matcher, Memory, Site, TemplateCall, first_match
 from irc.lowering.kernels.values import (
     Apply,
     Index,
@@ -73,7 +73,7 @@ class Schedule:
 
 
 def _call_text(call: TemplateCall) -> str:
-    reads = ", ".join(buffer.name for buffer, _ in call.reads)
+    reads = ", ".join(memory.buffer.name for memory in call.reads)
     fused = "" if call.epilogue is None else " with epilogue"
     return f"template {call.name} {call.site.kind}({reads}) -> {call.write.name}{fused}  {call.site.problem}"
 
@@ -188,6 +188,8 @@ class _Scheduler:
         return set(self.readers) | {n for n in self.program.outputs if isinstance(n, fx.Node)}
 
     def _wants_memory(self, node: fx.Node) -> bool:
+        if not isinstance(node.meta.get(VAL), Tensor):
+            return False  # several results: each of them is a node of its own
         if node in self.sites or node in self.program.outputs or op_name(node) in _WRITES:
             return True
         readers = self.readers.get(node, [])
@@ -284,10 +286,10 @@ class _Scheduler:
         if not paged:
             position = self.definer.gathered(slot, target.shape[2])
             return (symbols[0], symbols[1], position, symbols[3]), None
-        page = target.shape[2]
+        page = target.shape[1]
         flat = self.definer.gathered(slot, target.shape[0] * page)
         when = Apply("ge", (slot, Literal(0, "i64")), "bool")
-        return (FloorDiv(flat, page), symbols[1], Mod(flat, page), symbols[2]), when
+        return (FloorDiv(flat, page), Mod(flat, page), symbols[1], symbols[2]), when
 
     def _cache_memory(self, node: fx.Node, cache: fx.Node) -> Buffer:
         outputs = self.program.outputs
@@ -306,41 +308,43 @@ class _Scheduler:
 
     def _template(self, site: Site) -> None:
         reads = tuple(self._pointer(node, layout) for node, layout in site.reads)
-        node = site.node
-        final = next((last for last, made in self.absorbed.items() if made is node), None)
-        result = node
-        epilogue, axes, extra = None, (), ()
-        if final is not None:
-            self._names.setdefault(node.name, 0)
-            acc = Buffer(f"{node.name}.acc", self.definer.dtype(node), self.definer.shape(node),
-                         row_major(self.definer.shape(node)), "temporary", node.name)  # fmt: skip
-            self.definer.give_buffer(node, acc)
-            symbols, _ = self._axes(final)
-            value = self.definer.defined(final, symbols)
-            epilogue, axes, extra = self._epilogue(value, acc, symbols)
-            result = final
+        node, name = site.node, self._unique(f"{site.kind}_{site.node.name}")
+        result = next((last for last, made in self.absorbed.items() if made is node), node)
+        origins = self._origins(*dict.fromkeys((node, result)))
         kind = "output" if result in self.program.outputs else "temporary"
-        order = site.order if result is node else None
-        buffer = self._buffer(result, result.name, row_major(self.definer.shape(result), order), kind)
-        self.steps.append(
-            TemplateCall(
-                self._unique(f"{site.kind}_{node.name}"), site, reads, buffer, epilogue, axes, extra,
-                self._origins(node, *([final] if final is not None else [])),
-            )
-        )  # fmt: skip
+        shape = self.definer.shape(result)
+        epilogue = None
+        if site.finish is None:
+            buffer = self._buffer(result, result.name, row_major(shape, site.order), kind)
+        else:
+            symbols, axes = self._axes(result)
+            value = self._finished(site, result, symbols)
+            buffer = self._buffer(result, result.name, row_major(shape), kind)
+            offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
+            item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)
+            columns = [axis for axis in axes[len(axes) - site.columns :] if axis in item.axes]
+            epilogue = build_epilogue(f"{name}_epilogue", item, columns, self.definer.ranges)
+        self.steps.append(TemplateCall(name, site, reads, buffer, epilogue, origins))
 
-    def _epilogue(
-        self, value: Value, acc: Buffer, symbols: tuple[sympy.Symbol, ...]
-    ) -> tuple[Value, tuple[sympy.Symbol, ...], tuple[Buffer, ...]]:
-        local = Local("acc", "f64" if acc.dtype == "f64" else "f32")
-        made = rewrite(value, lambda part: local if isinstance(part, Load) and part.buffer is acc else None)
-        return made, symbols, tuple(dict.fromkeys(load.buffer for load in loads(made)))
+    def _finished(self, site: Site, result: fx.Node, symbols: tuple[sympy.Expr, ...]) -> Value:
+        """What becomes of the template's `Local("acc")` at an index of the result."""
+        assert site.finish is not None
+        node, shape = site.node, self.definer.shape(site.node)
+        acc = Local("acc", "f64" if self.definer.dtype(node) == "f64" else "f32")
+        if result is node:
+            return site.finish(self.definer, acc, symbols)
+        memory = Buffer(f"{node.name}.acc", self.definer.dtype(node), shape, row_major(shape), "temporary", node.name)
+        self.definer.give_buffer(node, memory)
+        value = self.definer.defined(result, symbols)
+        at = tuple(reshape_index(symbols, self.definer.shape(result), shape, self.definer.ranges))
+        finished = site.finish(self.definer, acc, at)
+        return rewrite(value, lambda part: finished if isinstance(part, Load) and part.buffer is memory else None)
 
     def _choose_epilogues(self) -> None:
         """Let a template compute the elementwise value that alone reads its result, element for element."""
         for node, site in self.sites.items():
             readers = self.readers.get(node, [])
-            if not site.fuses or len(readers) != 1 or node in self.program.outputs:
+            if site.finish is None or len(readers) != 1 or node in self.program.outputs:
                 continue
             last = readers[0]
             while last not in self.stored and len(self.readers.get(last, [])) == 1:
@@ -353,6 +357,8 @@ class _Scheduler:
     def _fits_epilogue(self, node: fx.Node, last: fx.Node) -> bool:
         shape, result = self.definer.shape(node), self.definer.shape(last)
         if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
+            return False
+        if self.sites[node].columns > 1 and shape != result:
             return False
         trial = Definer(self.program)
         trial.buffers, trial.ranges = dict(self.definer.buffers), self.definer.ranges
@@ -375,8 +381,8 @@ class _Scheduler:
                 return False  # not computed yet when the template runs
         return bool(own) and all(sympy.expand(load.offset - offset) == 0 for load in own)
 
-    def _pointer(self, node: fx.Node, layout: str) -> tuple[Buffer, tuple[sympy.Expr, ...], sympy.Expr]:
-        """(memory, strides, start) of a node's value; the value gets memory of its own if it has none that fits."""
+    def _pointer(self, node: fx.Node, layout: str) -> Memory:
+        """Where a node's value lies; it gets memory of its own if it has none that fits."""
         symbols, _ = self._axes(node)
         found = self._in_memory(node, symbols, layout)
         if found is None:
@@ -385,9 +391,7 @@ class _Scheduler:
         assert found is not None
         return found
 
-    def _in_memory(
-        self, node: fx.Node, symbols: tuple[sympy.Symbol, ...], layout: str
-    ) -> tuple[Buffer, tuple[sympy.Expr, ...], sympy.Expr] | None:
+    def _in_memory(self, node: fx.Node, symbols: tuple[sympy.Symbol, ...], layout: str) -> Memory | None:
         value = self.definer.value(node, symbols)
         if not isinstance(value, Load) or value.bindings or value.buffer.dtype != self.definer.dtype(node):
             return None
@@ -406,7 +410,7 @@ class _Scheduler:
             fits = all(size == 1 or sympy.expand(a - b) == 0 for size, a, b in zip(shape, strides, dense, strict=True))
         else:
             fits = shape[-1] == 1 or strides[-1] == 1
-        return (value.buffer, strides, start) if fits else None
+        return Memory(value.buffer, shape, strides, start) if fits else None
 
     # ------------------------------------------------------------ kernels
 
@@ -416,7 +420,7 @@ class _Scheduler:
         read = {load.buffer for load in loads(*item.values)}
         for step in reversed(self.steps[-_LOOK_BACK:]):
             if isinstance(step, TemplateCall):
-                written, touched = {step.write}, {step.write, *(r[0] for r in step.reads), *step.extra_reads}
+                written, touched = {step.write}, {step.write, *(r.buffer for r in step.reads), *step.extra_reads}
             else:
                 joined = self._joined(step, item) if len(step.items) < MAX_STORES else None
                 if joined is not None:

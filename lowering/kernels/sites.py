@@ -6,16 +6,19 @@ else about the problem. Sites are data: how a template is written in some langua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import sympy
 import torch.fx as fx
 
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.definitions import Definer
-from irc.lowering.kernels.kernel import Origin
+from irc.lowering.kernels.definitions import At, Definer
+from irc.lowering.kernels.kernel import Kernel, Origin
 from irc.lowering.kernels.values import Value
+
+Finish = Callable[[Definer, Value, At], Value]
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Site:
         covers: further nodes that it stands for (a dequantized weight, say).
         problem: sizes and types, hashable; what a template is chosen and written by.
         order: axes of the result from slowest to fastest in memory.
-        fuses: whether an elementwise continuation of the result can be computed inside.
-        weights: names of weights that the template packs for itself.
+        finish: for a template with an epilogue: the node's value at an index, from what the template computed
+            there (a bias added, say). Without: the template stores the result itself.
+        columns: trailing axes of the result that the epilogue gets in one piece.
     """
 
     kind: str
@@ -40,8 +44,8 @@ class Site:
     problem: Any
     covers: tuple[fx.Node, ...] = ()
     order: tuple[int, ...] | None = None
-    fuses: bool = False
-    weights: tuple[str, ...] = ()
+    finish: Finish | None = field(default=None, compare=False)
+    columns: int = 1
 
 
 class Matcher(Protocol):
@@ -51,24 +55,36 @@ class Matcher(Protocol):
 
 
 @dataclass(frozen=True)
+class Memory:
+    """A value as it lies in memory: `buffer[start + Σ index · stride]`."""
+
+    buffer: Buffer
+    shape: At
+    strides: At
+    start: sympy.Expr
+
+
+@dataclass(frozen=True)
 class TemplateCall:
     """A template in the schedule of a program.
 
     Attributes:
         reads: buffers in the order of `site.reads`, with the start of the data in elements.
-        epilogue: what is stored instead of the result `Local("acc")`, over `row` and `column` of the result seen as
-            a matrix.
+        epilogue: what is done with each element `Local("acc")` of the result: a kernel of one store, whose outer axes
+            together are the rows of the result seen as a matrix, and whose loop is its columns.
     """
 
     name: str
     site: Site
-    reads: tuple[tuple[Buffer, Any], ...]
+    reads: tuple[Memory, ...]
     write: Buffer
-    epilogue: Value | None = None
-    epilogue_axes: tuple[Any, ...] = ()
-    extra_reads: tuple[Buffer, ...] = ()
+    epilogue: Kernel | None = None
     origins: tuple[Origin, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def extra_reads(self) -> list[Buffer]:
+        """What the epilogue reads."""
+        return [] if self.epilogue is None else self.epilogue.reads
 
 
 def first_match(matchers: Sequence[Matcher], definer: Definer, node: fx.Node) -> Site | None:

@@ -50,8 +50,8 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
         f"    return {template.scratch_expression(problem, args, paged=paged)};\n}}\n"
         f'extern "C" void {name}(int threads, const {query}* query, const {cache}* keys, const {cache}* values,'
         f" const int64_t* positions, const float* sinks, int64_t batch, int64_t heads, int64_t kv_heads,"
-        f" int64_t queries, int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table, int64_t table_stride,"
-        f" uint8_t* scratch, float* out) {{\n"
+        f" int64_t queries, int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table,"
+        f" int64_t table_stride, uint8_t* scratch, float* out) {{\n"
         f"    (void)rows; (void)sequence_ids; (void)table; (void)table_stride;\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
         "    pool(threads).run(body);\n}"

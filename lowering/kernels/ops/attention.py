@@ -51,8 +51,8 @@ def paged_attention(call: Call, index: At) -> Value:
     """Attention of flat tokens, each over the pages of its own sequence."""
     n, h, channel = index
     query, key, _value, tables = (call.operand(x) for x in ("query", "key_cache", "value_cache", "block_tables"))
-    page = key.shape[2]
-    group = query.shape[1] / key.shape[1]
+    page = key.shape[1]
+    group = query.shape[1] / key.shape[2]
     kv_head = FloorDiv(h, group)
     sequence = call.definer.gathered(convert(call.operand("sequence_ids").at((n,)), "i64"), tables.shape[0])
     p = convert(call.operand("positions").at((n,)), "i64")
@@ -61,12 +61,20 @@ def paged_attention(call: Call, index: At) -> Value:
         def at(t: sympy.Expr, d: sympy.Expr) -> Value:
             block = convert(tables.at((sequence, FloorDiv(t, page))), "i64")
             where = call.definer.gathered(block, key.shape[0])
-            return call.operand(cache).at((where, kv_head, Mod(t, page), d))
+            return call.operand(cache).at((where, Mod(t, page), kv_head, d))
 
         return at
 
+    def biased(score: Value, t: sympy.Expr) -> Value:
+        if not call._arguments.get("bias"):
+            return score
+        bias = call.operand("bias")
+        # Keys behind the bias belong to no position: what they get is masked.
+        inside = sympy.Min(t, bias.shape[-1] - 1)
+        return apply("add", score, convert(bias.spread((n, h, inside)), score.dtype))
+
     return _attend(
-        call, query.shape[-1], tables.shape[1] * page, p, h, channel, lambda score, t: score,
+        call, query.shape[-1], tables.shape[1] * page, p, h, channel, biased,
         query=lambda t, d: query.at((n, h, d)), key=paged("key_cache"), value=paged("value_cache"),
     )  # fmt: skip
 

@@ -1,0 +1,81 @@
+"""Convolution kernels against f64, within the bound of f32 sums."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from irc.core.errors import TargetError
+from irc.lowering.cpp.templates import conv2d as template
+from irc.lowering.cpp.templates.conv2d import ConvProblem
+from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
+
+# (problem, height, width): one pixel, rows longer and shorter than a panel, more places and channels than a block.
+CASES = (
+    (ConvProblem(channels=3, out_channels=20, kernel=(7, 7), stride=(2, 2), padding=(3, 3)), 21, 30),
+    (ConvProblem(channels=40, out_channels=13, kernel=(3, 3), padding=(1, 1)), 18, 37),
+    (ConvProblem(channels=31, out_channels=200, kernel=(1, 1)), 7, 7),
+    (ConvProblem(channels=8, out_channels=12, kernel=(1, 1), stride=(2, 2)), 9, 8),
+    (ConvProblem(channels=12, out_channels=18, kernel=(3, 2), padding=(2, 1), dilation=(2, 3), groups=6), 15, 19),
+    (ConvProblem(channels=6, out_channels=6, kernel=(3, 3), padding=(1, 1), groups=6), 20, 50),
+    (ConvProblem(channels=5, out_channels=3, kernel=(4, 4)), 4, 4),
+)
+
+
+def _function(name: str, problem: ConvProblem) -> str:
+    sizes = ("batch", "height", "width", "out_height", "out_width")
+    args = {key: key for key in ("worker", "x", "packed", *sizes)}
+    epilogue = (
+        f"[&](int64_t b, int64_t o, int64_t p0, int64_t p1, const float* values) {{ for (int64_t p = p0; p < p1; ++p)"
+        f" out[(b * {problem.out_channels} + o) * out_height * out_width + p] += values[p - p0]; }}"
+    )
+    return (
+        f'extern "C" void {name}(int threads, const float* x, const uint8_t* packed,'
+        f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out) {{\n"
+        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
+        "    pool(threads).run(body);\n}"
+    )
+
+
+@pytest.fixture(scope="module", params=runnable_isas())
+def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    functions = [_function(f"case{i}", problem) for i, (problem, _, _) in enumerate(CASES)]
+    return build(template.INCLUDES, functions, request.param)
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_equals_the_reference(kernels: ctypes.CDLL, index: int) -> None:
+    problem, height, width = CASES[index]
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(2, problem.channels, height, width, generator=generator)
+    channels = problem.channels // problem.groups
+    weight = torch.randn(problem.out_channels, channels, *problem.kernel, generator=generator)
+    options = {key: getattr(problem, key) for key in ("stride", "padding", "dilation", "groups")}
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), **options)
+    bound = (
+        (problem.places + 1) * 2.0**-24 * torch.nn.functional.conv2d(x.double().abs(), weight.double().abs(), **options)
+    )
+    packed = template.pack(problem, weight)
+    assert packed.numel() == template.packed_bytes(problem)
+    memory = aligned(packed.numel())
+    memory.copy_(packed)
+    sizes = [ctypes.c_int64(size) for size in (2, height, width, *wanted.shape[2:])]
+    for threads in (1, 3):
+        out = torch.zeros(wanted.shape)
+        getattr(kernels, f"case{index}")(threads, pointer(x), pointer(memory), *sizes, pointer(out))
+        excess = ((out - wanted).abs() - bound).max()
+        assert excess <= 0, f"{threads} threads: {float(excess):.3g} beyond the bound"
+
+
+def test_refuses() -> None:
+    problem = ConvProblem(channels=4, out_channels=4, kernel=(1, 1), activation="bf16")
+    assert "only f32" in (template.refuses(problem, "avx2") or "")
+    problem = ConvProblem(channels=4, out_channels=4, kernel=(1, 1), groups=3)
+    assert "do not divide" in (template.refuses(problem, "avx2") or "")
+    with pytest.raises(TargetError, match="do not divide"):
+        template.pack(problem, torch.zeros(4, 1, 1, 1))
+    with pytest.raises(TargetError, match=r"\[4, 3, 1, 1\]"):
+        template.pack(ConvProblem(channels=4, out_channels=4, kernel=(1, 1)), torch.zeros(4, 3, 1, 1))
