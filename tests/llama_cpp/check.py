@@ -40,6 +40,21 @@ ZOO = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "phi3", "gpt2", "gpt-neox", "falcon", "stablelm", "olmo2",
     "granite", "phi", "gemma3",
 )  # fmt: skip
+# As in the zoo, but with windows that the architectures have, or none, so that 32 tokens can be compared.
+_SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+EXTRA: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral, no window": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3, no window": ("Phi3ForCausalLM", "Phi3Config", {"partial_rotary_factor": 0.5}),
+    "gemma2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+         "query_pre_attn_scalar": 12},
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {"use_bias": True}),
+}  # fmt: skip
 HAND_WRITTEN = ("odd", "plain", "pruned")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0", "q3_k_m", "q2_k")
 # Largest error of the demo's logits between llama.cpp and irc on the same file, relative to the largest logit.
@@ -53,13 +68,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".llama-cpp")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/accuracy.md")
+    parser.add_argument("--architectures-only", action="store_true")
     parser.add_argument("--windows", type=int, default=12, help="windows of 256 tokens for the perplexities")
     given = parser.parse_args()
     check = Check(given.folder, given.windows)
-    tables = [check.architectures(), check.types(), check.quantizers()]
+    tables = [check.architectures()]
+    if not given.architectures_only:
+        tables += [check.types(), check.quantizers()]
     text = "\n\n".join(tables)
     print(text)
-    if given.write:
+    if given.write and not given.architectures_only:
         write_section(ROOT / "docs" / "accuracy.md", "gguf", _TITLE + text)
     for problem in check.problems:
         print("FAILED:", problem, file=sys.stderr)
@@ -122,6 +140,7 @@ class Check:
     def architectures(self) -> str:
         programs = {name: self.program(name, lambda name=name: _zoo(name)) for name in ZOO}  # type: ignore[misc]
         programs |= {name: self.program(name, lambda name=name: _own(name)) for name in HAND_WRITTEN}  # type: ignore[misc]
+        programs |= {name: self.program(name, lambda name=name: _extra(name)) for name in EXTRA}  # type: ignore[misc]
         jobs, found = {}, {}
         for name, program in programs.items():
             found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
@@ -239,6 +258,17 @@ def _zoo(name: str) -> Program:
     from tests.zoo import captured
 
     return captured(name)
+
+
+def _extra(name: str) -> Program:
+    import transformers
+
+    from irc.frontend import capture
+
+    model, config, options = EXTRA[name]
+    torch.manual_seed(0)
+    built = getattr(transformers, model)(getattr(transformers, config)(**_SMALL, **options)).eval()
+    return capture(built, dynamic={"input_ids": {0: "B", 1: "S"}}, name=name)
 
 
 def _own(name: str) -> Program:
