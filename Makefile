@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage bench clean kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,6 +33,9 @@ llama-cpp:  ## build llama.cpp in .llama-cpp/ and hold the GGUF target against i
 
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
+
+onnx-genai:  ## generate with onnxruntime-genai (needs that package)
+	$(PYTHON) -m pytest tests/lowering/test_onnx_genai.py
 
 onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
 	$(PYTHON) -m tests.onnx_coverage

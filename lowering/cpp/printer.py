@@ -23,7 +23,7 @@ from irc.lowering.cpp.expressions import (
     size_text,
 )
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.kernel import Combine, Kernel, Loop, Start, Statement, Store, axes_of, values_of
+from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Start, Statement, Store, axes_of, values_of
 from irc.lowering.kernels.sites import Memory
 from irc.lowering.kernels.values import Apply, Index, Literal, Load, Local, Value, loads, walk
 
@@ -135,13 +135,14 @@ class _Printer:
             self.names[kernel.outer[0].symbol] = "m"
         elif kernel.outer:
             self._decompose(out, "m")
-        body = kernel.body
-        if len(body) == 1 and isinstance(body[0], Loop):
-            self.names[body[0].axis.symbol] = "n"
+        body, columns = kernel.body, []
+        while len(body) == 1 and isinstance(body[0], Loop):
+            columns.append(body[0].axis)
             body = body[0].body
         out.add("#pragma omp simd", indent=False)
         out.add("for (int64_t n = n0; n < n1; ++n) {")
         out.depth += 1
+        self._columns(columns, out)
         out.add("const float acc = values[n - n0];")
         _Body(self, out).statements(body)
         out.depth -= 1
@@ -176,6 +177,16 @@ class _Printer:
         out.depth -= 1
         out.add("});")
         return out.text()
+
+    def _columns(self, columns: Sequence[Axis], out: _Lines) -> None:
+        """Indices of the columns' axes from their common position n."""
+        if len(columns) == 1:
+            self.names[columns[0].symbol] = "n"
+        elif columns:
+            high, low = columns
+            extent = size_text(low.extent, self.names)
+            out.add(f"const int64_t {self.names[high.symbol]} = n / {extent};")
+            out.add(f"const int64_t {self.names[low.symbol]} = n % {extent};")
 
     def _decompose(self, out: _Lines, rest: str = "i") -> None:
         """Indices of the outer axes from their common position."""

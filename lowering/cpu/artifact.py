@@ -17,12 +17,15 @@ from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.program import Program
 from irc.core.target import Artifact, Options, read_options
+from irc.core.text import parse
 from irc.lowering.cpp.build import build, supported_isas
 from irc.lowering.cpu.library import Library, Signature, default_threads
 from irc.lowering.cpu.options import CpuOptions
 
 MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
+GRAPH = "graph.irc"
 FORMAT = 1
 
 
@@ -33,7 +36,7 @@ class CpuArtifact(Artifact):
 
     def __init__(
         self, manifest: Mapping[str, Any], source: str, weights: Tensor, options: CpuOptions, *,
-        folder: Path | None = None, notes: Sequence[str] = (),
+        folder: Path | None = None, notes: Sequence[str] = (), program: Program | None = None,
     ) -> None:  # fmt: skip
         try:
             self.signature = Signature(manifest["dims"], manifest["inputs"], manifest["outputs"])
@@ -43,10 +46,21 @@ class CpuArtifact(Artifact):
         super().__init__([name for name, _ in self.signature.inputs], kv_cache, notes)
         self.manifest, self.source, self.options = dict(manifest), source, options
         self.isa = choose_isa(options.isa)
-        self._weights = weights
+        self._weights, self._program, self._folder = weights, program, folder
         self.object_path = _prebuilt(folder, self.isa) or build(source, isa=self.isa, flags=options.flags)
         self._library = Library(self.object_path, weights, options.threads or default_threads())
         self._written = {i for i in self.signature.in_place if i is not None}
+
+    @property
+    def program(self) -> Program:
+        """The program that was lowered; of a loaded artifact its graph alone, with weights that hold no numbers."""
+        if self._program is None:
+            assert self._folder is not None
+            try:
+                self._program = parse((self._folder / GRAPH).read_text(encoding="utf-8"))
+            except OSError as error:
+                raise StorageError(f"{self._folder} does not hold the graph that it was made from: {error}") from None
+        return self._program
 
     @property
     def weight_bytes(self) -> int:
@@ -101,7 +115,7 @@ class CpuArtifact(Artifact):
     # ------------------------------------------------------------ storage
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder: manifest, source, C header, weights, and a shared object for each instruction set.
+        """Write a folder: manifest, source, C header, weights, graph, and a shared object for each instruction set.
 
         With a name that ends in `.irca` too. An existing folder is replaced, if it is an artifact.
         """
@@ -115,6 +129,7 @@ class CpuArtifact(Artifact):
         try:
             (work / MANIFEST).write_text(json.dumps({**self.manifest, "isas": list(self._isas())}, indent=1) + "\n")
             (work / SOURCE).write_text(self.source)
+            (work / GRAPH).write_text(str(self.program), encoding="utf-8")
             (work / HEADER).write_text(header_text(self.manifest))
             with open(work / WEIGHTS, "wb") as file:
                 file.write(self._weights.numpy().data)

@@ -65,7 +65,7 @@ class CpuTarget(Target):
             f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
         )
         manifest = _manifest(own, schedule, weights, notes)
-        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes)
+        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:
         return portable_passes(program)

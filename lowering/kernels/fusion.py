@@ -188,6 +188,8 @@ class _Scheduler:
         return set(self.readers) | {n for n in self.program.outputs if isinstance(n, fx.Node)}
 
     def _wants_memory(self, node: fx.Node) -> bool:
+        if not isinstance(node.meta.get(VAL), Tensor):
+            return False  # several results: each of them is a node of its own
         if node in self.sites or node in self.program.outputs or op_name(node) in _WRITES:
             return True
         readers = self.readers.get(node, [])
@@ -320,7 +322,7 @@ class _Scheduler:
             buffer = self._buffer(result, result.name, row_major(shape), kind)
             offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
             item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)
-            columns = axes[-1] if axes[-1] in item.axes else None
+            columns = [axis for axis in axes[len(axes) - site.columns :] if axis in item.axes]
             epilogue = build_epilogue(f"{name}_epilogue", item, columns, self.definer.ranges)
         self.steps.append(TemplateCall(name, site, reads, buffer, epilogue, origins))
 
@@ -355,6 +357,8 @@ class _Scheduler:
     def _fits_epilogue(self, node: fx.Node, last: fx.Node) -> bool:
         shape, result = self.definer.shape(node), self.definer.shape(last)
         if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
+            return False
+        if self.sites[node].columns > 1 and shape != result:
             return False
         trial = Definer(self.program)
         trial.buffers, trial.ranges = dict(self.definer.buffers), self.definer.ranges

@@ -103,11 +103,10 @@ def build_kernel(name: str, items: Sequence[Item], outer: Sequence[AxisRange], r
     return Kernel(name, axes, tuple(block.statements), _origins(items))
 
 
-def build_epilogue(name: str, item: Item, columns: AxisRange | None, ranges: dict) -> Kernel:  # type: ignore[type-arg]
-    """The kernel that a template runs on its result: rows are the outer axes, columns (None: one) the loop."""
-    outer = [axis for axis in item.axes if axis != columns]
-    inner = () if columns is None else (columns,)
-    items, outer = _merge_axes([replace(item, axes=(*outer, *inner))], outer, ranges)
+def build_epilogue(name: str, item: Item, columns: Sequence[AxisRange], ranges: dict) -> Kernel:  # type: ignore[type-arg]
+    """The kernel that a template runs on its result: rows are the outer axes, columns the loops."""
+    outer = [axis for axis in item.axes if axis not in columns]
+    items, outer = _merge_axes([replace(item, axes=(*outer, *columns))], outer, ranges)
     block = _Block(None, {symbol for symbol, _ in outer})
     _emit(items[0], block, outer)
     axes = tuple(Axis(symbol, extent, kind="parallel") for symbol, extent in outer)

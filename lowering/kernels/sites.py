@@ -35,6 +35,7 @@ class Site:
         order: axes of the result from slowest to fastest in memory.
         finish: for a template with an epilogue: the node's value at an index, from what the template computed
             there (a bias added, say). Without: the template stores the result itself.
+        columns: trailing axes of the result that the epilogue gets in one piece.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Site:
     covers: tuple[fx.Node, ...] = ()
     order: tuple[int, ...] | None = None
     finish: Finish | None = field(default=None, compare=False)
+    columns: int = 1
 
 
 class Matcher(Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,10 @@ def test_saved_and_loaded_without_the_program(tmp_path: Path) -> None:
     program = steps.step()
     written = lowered("step").save(tmp_path / "step.irca")
     assert {p.name for p in written.iterdir()} == {
-        "manifest.json", "program.cpp", "program.h", "weights.bin", f"program.{supported_isas()[-1]}.so",
+        "graph.irc", "manifest.json", "program.cpp", "program.h", "weights.bin", f"program.{supported_isas()[-1]}.so",
     }  # fmt: skip
-    loaded = CPU.load(written)
+    loaded = irc.load(written)
+    assert str(loaded.program).splitlines()[0] == str(program).splitlines()[0]
     assert loaded.kv_cache == lowered("step").kv_cache
     assert loaded.verify(program).relative < 2e-6
     lowered("step").save(written)  # over itself
@@ -162,3 +165,25 @@ def test_quantized_steps(weights: str) -> None:
     assert artifact.source.count(f"irc::{kind}<") > 0  # type: ignore[attr-defined]
     check = artifact.verify(program)
     assert check.passed, str(check)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc)")
+def test_the_c_example_decodes_like_python(tmp_path: Path) -> None:
+    written = lowered("step").save(tmp_path / "step.irca")
+    source, made = Path(__file__).parents[2] / "examples" / "decode.c", tmp_path / "decode"
+    program = written / f"program.{supported_isas()[-1]}.so"
+    options = ["-O1", "-Wall", "-Werror", "-I", str(written), f"-Wl,-rpath,{written}"]
+    subprocess.run(["cc", *options, str(source), str(program), "-o", str(made)], check=True)
+    prompt = steps.PROMPTS[0]
+    answer = subprocess.run([str(made), str(written / "weights.bin"), "8", *map(str, prompt)],
+                            check=True, capture_output=True, text=True)  # fmt: skip
+    assert list(map(int, answer.stdout.split())) == _greedy(prompt, 8)
+
+
+def _greedy(prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation by the model itself, recomputed for every token."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(steps.language_model()(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]

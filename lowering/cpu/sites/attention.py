@@ -1,0 +1,122 @@
+"""Attention, contiguous and paged: one kernel, which splits the keys of few queries over the workers."""
+
+from __future__ import annotations
+
+import sympy
+import torch.fx as fx
+
+from irc.core.program import Program
+from irc.core.target import op_name
+from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
+from irc.lowering.cpp.printer import PrintedFunction
+from irc.lowering.cpp.templates import attention as template
+from irc.lowering.cpp.templates.attention import AttentionProblem
+from irc.lowering.cpp.templates.base import C_TYPES
+from irc.lowering.cpu.options import CpuOptions
+from irc.lowering.cpu.sites.registry import SiteKind, register_site
+from irc.lowering.cpu.weights import WeightBlock
+from irc.lowering.kernels.definitions import Call, Definer
+from irc.lowering.kernels.sites import Memory, Site, TemplateCall
+
+_CONTIGUOUS, _PAGED = ("irc.attention", "irc.flash_attention"), "irc.paged_attention"
+
+
+def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
+    """The site of an attention that the kernel can do, or None."""
+    if op_name(node) not in (*_CONTIGUOUS, _PAGED):
+        return None
+    call, paged = Call(definer, node), op_name(node) == _PAGED
+    names = ("query", "key_cache", "value_cache") if paged else ("query", "key", "value")
+    query, key, value = (call.operand(name) for name in names)
+    if key.dtype != value.dtype or not query.shape[-1].is_Integer or not value.shape[-1].is_Integer:
+        return None
+    if call.has("sinks") and call.operand("sinks").dtype != "f32":
+        return None
+    problem = AttentionProblem(
+        width=int(query.shape[-1]), value_width=int(value.shape[-1]), query=query.dtype, cache=key.dtype,
+        mask=str(call.raw("mask")), window=call.raw("window"), scale=float(call.raw("scale")),
+        softcap=call.raw("softcap"), has_bias=call.has("bias"),
+    )  # fmt: skip
+    if template.refuses(problem, "plain") is not None:
+        return None
+    reads = [(call._arguments[name], "strided") for name in names]
+    further = ("block_tables", "sequence_ids", "positions") if paged else ("positions",)
+    reads += [(call._arguments[name], "rows") for name in (*further, "sinks") if call.has(name)]
+    # Heads lie side by side in memory, so that what follows, a layer over all of them, reads dense rows.
+    return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
+
+
+def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
+    """The call; heads are stored where the result's strides say."""
+    paged = op_name(call.site.node) == _PAGED
+    definer = Definer(program)
+    node = Call(definer, call.site.node)
+    query, keys, values = call.reads[:3]
+    further = list(call.reads[3:])
+    sizes: set[sympy.Symbol] = set()
+
+    def text(expr: sympy.Expr) -> str:
+        sizes.update(expr.free_symbols)
+        return f"int64_t({size_text(expr, {})})"
+
+    problem: AttentionProblem = call.site.problem
+    parameters = [f"{STORAGE_TYPES[call.write.dtype]}* out", f"const {C_TYPES[problem.query]}* query",
+                  f"const {C_TYPES[problem.cache]}* keys", f"const {C_TYPES[problem.cache]}* values"]  # fmt: skip
+    arguments: list[Memory | str | object] = [call.write, query, keys, values]
+    args = {"worker": "worker", "scratch": "scratch", "query": "query", "keys": "keys", "values": "values",
+            "workers": "workers"}  # fmt: skip
+    names: tuple[str, ...]
+    if paged:
+        args |= _paged_sizes(query, keys, values, further[0], text)
+        names = ("block_tables", "sequence_ids", "positions")
+    else:
+        args |= _contiguous_sizes(query, keys, values, text)
+        names = ("positions",) if node.has("positions") else ()
+    for name, memory in zip((*names, *(("sinks",) if node.has("sinks") else ())), further, strict=True):
+        parameters.append(f"const {STORAGE_TYPES[memory.buffer.dtype]}* {name}")
+        arguments.append(memory)
+        args["table" if name == "block_tables" else name] = name
+    scratch = template.scratch_expression(problem, args, paged=paged)
+    parameters.append("uint8_t* scratch")
+    arguments.append("arguments.arena + scratch")
+    strides = [text(s) for s in call.write.strides]
+    place = f"s * {strides[0]} + h * {strides[1]}" if paged else (
+        f"b * {strides[0]} + h * {strides[1]} + s * {strides[2]}")  # fmt: skip
+    epilogue = (
+        "[&]([[maybe_unused]] int64_t b, int64_t h, int64_t s, const float* row) {\n"
+        f"        for (int64_t d = 0; d < {problem.value_width}; ++d)"
+        f" out[{place} + d] = irc::scalar::put<{STORAGE_TYPES[call.write.dtype]}>(row[d]);\n    }}"
+    )
+    body = "    " + template.call(problem, args, epilogue).replace("\n", "\n    ").rstrip(" ")
+    return PrintedFunction(
+        call.name, tuple(str(origin) for origin in call.origins), tuple(parameters), body, tuple(arguments),  # type: ignore[arg-type]
+        tuple(sorted(sizes, key=lambda s: s.name)), template.INCLUDES, scratch,
+    )  # fmt: skip
+
+
+def _contiguous_sizes(query: Memory, keys: Memory, values: Memory, text: object) -> dict[str, str]:
+    """Sizes and strides over [B, H, S, D]."""
+    assert callable(text)
+    batch, heads, queries, _ = query.shape
+    sizes = {"batch": batch, "heads": heads, "kv_heads": keys.shape[1], "queries": queries, "length": keys.shape[2]}
+    found = {name: text(size) for name, size in sizes.items()}
+    for name, memory in (("query", query), ("keys", keys), ("values", values)):
+        found[f"{name}_strides"] = ", ".join(text(s) for s in memory.strides[:3])
+    return found
+
+
+def _paged_sizes(query: Memory, keys: Memory, values: Memory, table: Memory, text: object) -> dict[str, str]:
+    """Sizes and strides: queries [N, H, D], pages [K, P, Hkv, D]."""
+    assert callable(text)
+    page, width = keys.shape[1], table.shape[1]
+    sizes = {"batch": sympy.Integer(1), "heads": query.shape[1], "kv_heads": keys.shape[2], "queries": query.shape[0],
+             "length": width * page, "table_stride": width, "page_size": page}  # fmt: skip
+    found = {name: text(size) for name, size in sizes.items()}
+    found["query_strides"] = ", ".join(["0", text(query.strides[1]), text(query.strides[0])])
+    for name, memory in (("keys", keys), ("values", values)):
+        block, row, head = (text(s) for s in memory.strides[:3])
+        found[f"{name}_strides"] = f"{block}, {head}, {row}"
+    return found
+
+
+register_site(SiteKind("attention", match, emit))
