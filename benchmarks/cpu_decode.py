@@ -1,4 +1,4 @@
-"""Target cpu against llama.cpp: decode, prefill and verification of drafts at the shapes of real Llamas, random weights.
+"""Target cpu against llama.cpp at the shapes of real Llamas with random weights: decode, prefill, verification of drafts.
 
     python benchmarks/cpu_decode.py --shape 135M --format q4_0
     python benchmarks/cpu_decode.py --shape 1.1B --format q4_0 q8_0 bf16      # needs about 10 GB
