@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage onnx-coverage bench clean fuzz sanitize kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,9 @@ demo:  ## the main job, end to end
 
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
+
+onnx-genai:  ## generate with onnxruntime-genai (needs that package)
+	$(PYTHON) -m pytest tests/lowering/test_onnx_genai.py
 
 onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
 	$(PYTHON) -m tests.onnx_coverage

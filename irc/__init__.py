@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from irc.core.storage import save as save
     from irc.core.text import parse as parse
     from irc.core.verifier import verify as verify
+    from irc.drafting import make_draft as make_draft
     from irc.evaluation import EvaluationData as EvaluationData
     from irc.evaluation import assign_bits as assign_bits
     from irc.evaluation import evaluate as evaluate
     from irc.evaluation import sensitivity as sensitivity
     from irc.frontend import capture as capture
+    from irc.frontend.onnx import from_onnx as from_onnx
     from irc.lowering.gguf import export_gguf as export_gguf
     from irc.lowering.gguf import from_gguf as from_gguf
     from irc.view.difference import diff as diff
@@ -56,7 +58,9 @@ _EXPORTS = {
     "evaluate": "irc.evaluation.evaluate",
     "export_gguf": "irc.lowering.gguf",
     "from_gguf": "irc.lowering.gguf",
+    "from_onnx": "irc.frontend.onnx",
     "load": "irc.compiler",
+    "make_draft": "irc.drafting",
     "parse": "irc.core.text",
     "save": "irc.core.storage",
     "sensitivity": "irc.evaluation.sensitivity",

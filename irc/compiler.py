@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import PassContext, Progress
@@ -22,10 +22,14 @@ from irc.core.program import Program
 from irc.core.report import Report, Row
 from irc.core.storage import load as load_program
 from irc.core.target import Artifact, Target, get_target
+from irc.runtime.engine import EngineOptions
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
 from irc.runtime.models import paged_model
 from irc.runtime.results import GenerationResult
 from irc.runtime.sampling import Sampling
+from irc.runtime.speculation.draft_model import DraftModelProposer
+from irc.runtime.speculation.ngram import NgramProposer
+from irc.runtime.speculation.speculation import Speculation
 from irc.view.progress import shown_progress
 
 _INFO_FILE, _TOKENIZER_FILE = "compiled.json", "tokenizer.json"
@@ -224,6 +228,9 @@ class Compiled:
         eos: int | Iterable[int] | None = None,
         stream: StreamCallback | None = None,
         tokenizer: Any = None,
+        sampling: Sampling | None = None,
+        draft: Draft | None = None,
+        options: EngineOptions | None = None,
     ) -> GenerationResult:
         """Continue a prompt or several: text gives `.text`, token ids give `.token_ids`.
 
@@ -234,11 +241,17 @@ class Compiled:
             stop: texts or token ids that end a sequence and are not part of the result's text.
             eos: end-of-sequence tokens; None: what the model or the tokenizer says; `()`: none.
             stream: called with (index of the prompt, token id, new text) for each token.
+            sampling: everything about how tokens are chosen, instead of the single arguments.
+            draft: speculative decoding, which changes speed but not what is said: `"ngram"` looks up what the text has
+                repeated, a smaller compiled model (`irc.make_draft`) is asked; or a `Speculation`.
+            options: of the engine: memory, batch size.
         """
         return generate(
             self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            sampling=sampling
+            or Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos, stream=stream,
+            options=options, speculation=self.speculation(draft),
         )  # fmt: skip
 
     def stream(
@@ -254,13 +267,32 @@ class Compiled:
         stop: str | int | Iterable[str | int] = (),
         eos: int | Iterable[int] | None = None,
         tokenizer: Any = None,
+        sampling: Sampling | None = None,
+        draft: Draft | None = None,
+        options: EngineOptions | None = None,
     ) -> Generator[TokenEvent, None, GenerationResult]:
         """As `generate`, as an iterator over tokens as they are made."""
         return stream_tokens(
             self.paged_model(), prompts, tokenizer=tokenizer or self.tokenizer, max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            sampling=sampling
+            or Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
             stop=stop, eos=self.eos if eos is None else eos,
+            options=options, speculation=self.speculation(draft),
         )  # fmt: skip
+
+    def speculation(self, draft: Draft | None) -> Speculation | None:
+        """Speculative decoding with what `generate(draft=…)` takes.
+
+        Raises:
+            OptionError: it is nothing of that kind.
+        """
+        if draft is None or isinstance(draft, Speculation):
+            return draft
+        if draft == "ngram":
+            return Speculation(NgramProposer())
+        if isinstance(draft, Compiled):
+            return Speculation(DraftModelProposer(draft.paged_model(), self.paged_model()))
+        raise OptionError(f"draft is 'ngram', a compiled model or a Speculation, not {draft!r}")
 
     def paged_model(self) -> PagedModel:
         """What an `irc.runtime.engine.Engine` drives: a step over flat tokens with positions and block tables."""
@@ -326,3 +358,7 @@ def _tokenizer_json(tokenizer: Any) -> str | None:
     inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
     to_str = getattr(inner, "to_str", None)
     return to_str() if callable(to_str) else None
+
+
+Draft: TypeAlias = str | Compiled | Speculation
+"""How tokens are guessed: see `Compiled.generate`."""

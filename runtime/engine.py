@@ -13,7 +13,7 @@ tokens alone, in any batch, after preemption, with or without prefix cache and s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,6 +119,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    @property
+    def live(self) -> Container[int]:
+        """Numbers of the requests that have not ended."""
+        return self._live.keys()
 
     @property
     def num_running(self) -> int:

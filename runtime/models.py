@@ -34,7 +34,7 @@ def paged_model(artifact: Artifact, program: Program) -> PagedModel:
         check_token_program(program)
         return RecomputedModel(artifact, program)
     wrapper = PagedArtifact if cache.block_size is not None else ContiguousModel
-    return wrapper(artifact, cache, _vocabulary(program))
+    return wrapper(artifact, cache, vocabulary_size(program))
 
 
 class PagedArtifact:
@@ -122,7 +122,7 @@ class RecomputedModel:
     block_size, block_bytes = 16, 16 * 8
 
     def __init__(self, artifact: Artifact, program: Program) -> None:
-        self.vocabulary_size = _vocabulary(program)
+        self.vocabulary_size = vocabulary_size(program)
         bounds = [dim.maximum for dim in program.dims.values() if dim.symbol in _length(program).free_symbols]
         self.max_length = min((b for b in bounds if b is not None), default=_RECOMPUTED_LENGTH)
         self._artifact = artifact
@@ -182,8 +182,8 @@ def _length(program: Program) -> Any:
     return program.shape_expr(program.placeholders[0])[1]
 
 
-def _vocabulary(program: Program) -> int:
-    """Rows of the table that the tokens are looked up in; without one, the width of the logits."""
+def vocabulary_size(program: Program) -> int:
+    """Rows of the table that the tokens are looked up in; without one, the width of the first output."""
     tokens = program.placeholders[0]
     users = [*tokens.users, *(u for user in tokens.users if user.target is torch.ops.aten.unsqueeze.default
                               for u in user.users)]  # fmt: skip

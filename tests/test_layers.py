@@ -19,6 +19,8 @@ LAYERS = (
     "irc.runtime",
     "irc.view",
     "irc.compiler",
+    "irc.drafting",
+    "irc.serving",
     "irc.torch_backend",
     "irc.demo.corpus",
     "irc.evaluation",

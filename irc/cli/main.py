@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from irc.cli import demo, evaluation, programs, running
+from irc.cli import demo, evaluation, programs, running, serving
 
 app = typer.Typer(
     name="irc",
@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="irc: an inference compiler for PyTorch models. Start with [bold]irc demo[/bold].",
 )
-for _module in (demo, programs, running, evaluation):
+for _module in (demo, programs, running, serving, evaluation):
     _module.register(app)
 
 

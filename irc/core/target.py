@@ -165,7 +165,7 @@ class Artifact(abc.ABC):
         for page in pages:
             page[list(targets)] = page[list(sources)]
 
-    def _cache(self, layout: str) -> KVCache:
+    def _cache(self, layout: str = "contiguous") -> KVCache:
         if self.kv_cache is None:
             raise TargetError(f"this {self.target} artifact has no key-value cache: use the pass insert-kv-cache")
         if self.kv_cache.layout != layout:

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL_FILE = "model.onnx"
+_CPU_NAMES = ("cpu", "CPUExecutionProvider")
 METADATA = "irc.metadata"
 """Key of what the model says about itself, as JSON."""
 CONSECUTIVE = "consecutive_positions"
 """In it: true when the positions of a step must count up by one in each row."""
+WRITES_PART = "writes_part_of_caches"
+"""In it: true when new caches hold only what has been written, unless they are the same memory as the old."""
 _EXTERNAL_BYTES = 1_900_000_000
 """Weights beyond this go to a file of their own: an ONNX file cannot exceed 2 GB."""
 
@@ -50,17 +53,40 @@ class OnnxArtifact(Artifact):
     def run(self, *inputs: Any) -> list[Any]:
         self.check_inputs(inputs)
         self._check_positions(inputs)
-        feeds = {}
-        for name, value in zip(self.input_names, inputs, strict=True):
-            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            if tensor.dtype == torch.bfloat16:
-                raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
-            feeds[name] = tensor.detach().cpu().contiguous().numpy()
-        return [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+        tensors = [value if isinstance(value, Tensor) else torch.as_tensor(value) for value in inputs]
+        feeds = {name: array_of(name, tensor) for name, tensor in zip(self.input_names, tensors, strict=True)}
+        outputs = [torch.from_numpy(array) for array in self._session.run(None, feeds)]
+        return self._with_rest(tensors, outputs) if self.metadata.get(WRITES_PART) else outputs
+
+    def _with_rest(self, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+        """The new caches with what was behind the last token: the operator leaves memory of its own unwritten there."""
+        assert self.kv_cache is not None
+        _, positions, _, caches = self.kv_cache.split(inputs)
+        unwritten = torch.arange(self.kv_cache.max_length) > positions[:, -1:].cpu()
+        mask = unwritten[:, None, :, None]
+        return [outputs[0], *(torch.where(mask, old.cpu(), new) for old, new in zip(caches, outputs[1:], strict=True))]
+
+    def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
+        """Logits [B, R, V] of one step. On the CPU, `caches` of the flavour `ort` are written in place."""
+        if not self.metadata.get(WRITES_PART) or self.options.providers[0] not in _CPU_NAMES:
+            return super().step(caches, tokens, positions, logit_indices)
+        self._check_positions((tokens, positions, logit_indices, *caches))
+        caches[:] = [cache.contiguous() for cache in caches]
+        binding = self._session.io_binding()
+        for name, value in zip(self.input_names, (tokens, positions, logit_indices), strict=False):
+            binding.bind_cpu_input(name, array_of(name, value))
+        binding.bind_output(self.output_names[0], "cpu")
+        for index, cache in enumerate(caches):
+            kind = array_of(self.input_names[index + 3], cache[:0]).dtype.type
+            place = ("cpu", 0, kind, tuple(cache.shape), cache.data_ptr())
+            binding.bind_input(self.input_names[index + 3], *place)
+            binding.bind_output(self.output_names[index + 1], *place)
+        self._session.run_with_iobinding(binding)
+        return torch.from_numpy(binding.get_outputs()[0].numpy())
 
     def _check_positions(self, inputs: Sequence[Any]) -> None:
         """A step writes each row's tokens to consecutive places of the cache: other positions would go elsewhere."""
-        if self.kv_cache is None or not self.metadata.get(CONSECUTIVE):
+        if self.kv_cache is None or self.kv_cache.layout != "contiguous" or not self.metadata.get(CONSECUTIVE):
             return
         positions = torch.as_tensor(self.kv_cache.split(inputs)[1])
         if positions.shape[-1] > 1 and not bool((positions.diff(dim=-1) == 1).all()):
@@ -86,6 +112,12 @@ class OnnxArtifact(Artifact):
         return cls(file, read_options(OnnxOptions, options, what="target onnx"))
 
 
+def array_of(name: str, tensor: Tensor) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        raise TargetError(f"input {name}: bf16 arrays cannot be handed to ONNX Runtime from Python")
+    return tensor.detach().cpu().contiguous().numpy()
+
+
 def write_model(model: ir.Model, path: Path) -> None:
     """Write a model aside and move it into place; weights above 2 GB in a file `<name>.data` beside it."""
     import onnx_ir as ir
@@ -105,6 +137,10 @@ def _session(path: Path, options: OnnxOptions) -> Any:
     providers = installed.providers(options.providers)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
+    # Without it, kernels for processors without VNNI saturate sums of products of signed 8-bit weights.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    # ONNX Runtime makes MatMulNBits of float products over 8-bit weights; by default that would round activations.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(options.accuracy_level or 1))
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     try:

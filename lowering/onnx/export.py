@@ -28,7 +28,8 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.slices import evaluate_size
 from irc.lowering.onnx import quantized
-from irc.lowering.onnx.artifact import CONSECUTIVE, METADATA
+from irc.lowering.onnx.artifact import CONSECUTIVE, METADATA, WRITES_PART
+from irc.lowering.onnx.fusing import fuse
 from irc.lowering.onnx.installed import newest_opset
 from irc.lowering.onnx.options import OnnxOptions
 from irc.lowering.onnx.registry import Setting, translate
@@ -42,7 +43,7 @@ _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 def setting_of(options: OnnxOptions) -> Setting:
     """What a program is lowered for, with the opset chosen."""
-    return Setting(options.flavour, options.opset or newest_opset())
+    return Setting(options.flavour, options.opset or newest_opset(), options.accuracy_level, options.integers)
 
 
 def export_model(program: Program, setting: Setting) -> ir.Model:
@@ -54,6 +55,7 @@ def export_model(program: Program, setting: Setting) -> ir.Model:
     own = program.copy()
     own.erase_dead()
     _store_all_scores(own)
+    fuse(setting, own)
     quantized.fold_other_formats(own)
     if quantized.keep_opaque(own) and setting.opset < _OPSET_QUANTIZED:
         raise TargetError(f"quantized weights need ONNX opset {_OPSET_QUANTIZED} or newer, not {setting.opset}")
@@ -158,7 +160,9 @@ def _description(program: Program, setting: Setting, model: ir.Model) -> dict[st
     }  # fmt: skip
     if METADATA_KEY in program.metadata:
         found[METADATA_KEY] = program.metadata[METADATA_KEY]
-        found[CONSECUTIVE] = any(node.op_type in _COUNT_UP for node in model.graph)
+        kinds = {node.op_type for node in model.graph}
+        found[CONSECUTIVE] = not kinds.isdisjoint(_COUNT_UP)
+        found[WRITES_PART] = "GroupQueryAttention" in kinds
     return found
 
 

@@ -2,7 +2,7 @@
 
 1. Before export, each dequantize of stored weights becomes a symbolic ONNX node of the domain `irc`, which
    nothing decomposes or folds.
-2. Afterwards that node becomes `DequantizeLinear`, with blocks along the last axis.
+2. Afterwards that node becomes `DequantizeLinear`: per tensor, per channel, or with blocks along the last axis.
 
 Two 4-bit integers lie in a byte in the same order in both formats, so the bytes are taken as they are: as
 UINT4, for signed formats with 8 added to the zero point, as they are stored. Integers of other widths are
@@ -24,7 +24,8 @@ from torch import Tensor
 from irc.core import formats
 from irc.core.errors import TargetError
 from irc.core.ops.registry import is_irc_op
-from irc.core.program import Program
+from irc.core.program import VAL, Program
+from irc.lowering.onnx.fusing import is_reshape
 
 _DOMAIN = "irc"
 _NIBBLE_OFFSET = 8
@@ -36,13 +37,14 @@ _FLOATS: list[tuple[torch.dtype, ir.DataType]] = [
 ]
 
 
-def _opaque(stored: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, dtype: int) -> Tensor:
-    shape = formats.parse(format).logical_shape(tuple(stored.shape))
+def _opaque(
+    stored: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, dtype: int, shape: list[int]
+) -> Tensor:
     inputs = (stored, scale) if zero_point is None else (stored, scale, zero_point)
     return torch.onnx.ops.symbolic(
         f"{_DOMAIN}::Dequantize",
         inputs,
-        {"format": format, "dtype": dtype},
+        {"format": format, "dtype": dtype, "shape": shape},
         dtype=_FLOATS[dtype][0],
         shape=shape,
         version=1,
@@ -77,9 +79,16 @@ def keep_opaque(program: Program) -> int:
         stored, scale, zero_point = node.args[:3]
         dtype = node.kwargs.get("dtype") or program.weight(scale).dtype  # type: ignore[arg-type]
         index = [known for known, _ in _FLOATS].index(dtype)  # type: ignore[arg-type]
-        node.target = _opaque
-        node.args, node.kwargs = (stored, scale, zero_point, node.kwargs["format"], index), {}
-        count += 1
+        shape = list(node.meta[VAL].shape)
+        arguments = (stored, scale, zero_point, node.kwargs["format"], index)
+        for user in list(node.users):
+            # The kernel of a convolution: rows seen as [O, C, ...]. Scales of rows serve it as they are.
+            if is_reshape(user) and chosen.group_size is None and user.meta[VAL].shape[0] == shape[0]:
+                user.target, user.args, user.kwargs = _opaque, (*arguments, list(user.meta[VAL].shape)), {}
+                count += 1
+        if node.users:
+            node.target, node.args, node.kwargs = _opaque, (*arguments, shape), {}
+            count += 1
     return count
 
 
@@ -108,10 +117,14 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     zeros = None
     if zero_point is not None and zero_point.const_value is not None:
         zeros = zero_point.const_value.numpy().astype(np.int16)
-    shape = chosen.logical_shape(tuple(stored.const_value.shape.numpy()))
+    shape = tuple(node.attributes["shape"].as_ints())
     attributes: dict[str, Any] = {}
     if chosen.per_tensor:
         scales, zeros = scales.reshape(()), None if zeros is None else zeros.reshape(())
+    elif chosen.group_size is None and scales.size == shape[0]:  # what runtimes know as "per channel"
+        # Zero points are written even where all are 0: ONNX Runtime's own rewriting of weights relies on them.
+        scales, zeros = scales.reshape(-1), np.zeros(shape[0], np.int16) if zeros is None else zeros.reshape(-1)
+        attributes = {"axis": 0}
     else:
         attributes = {"axis": len(shape) - 1, "block_size": shape[-1] // scales.shape[-1]}
     integers, kind = _integers(stored, shape, chosen)
@@ -144,7 +157,7 @@ def _integers(stored: ir.Value, shape: tuple[int, ...], chosen: formats.QuantFor
         kind = ir.DataType.UINT4
     else:
         kind = stored.const_value.dtype
-        tensor = ir.Tensor(array, name=name)
+        tensor = ir.Tensor(array.reshape(shape), name=name)
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor), kind
 
 

@@ -25,10 +25,17 @@ Builder = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a program is lowered for: `flavour`, `opset`, and whether keys are kept in a cache."""
+    """What a program is lowered for.
+
+    Attributes:
+        flavour, opset: see `OnnxOptions`.
+        accuracy_level, integers: see `OnnxOptions`.
+    """
 
     flavour: str
     opset: int
+    accuracy_level: int | None = None
+    integers: str = "qdq"
 
 
 @dataclass(frozen=True)

@@ -103,14 +103,23 @@ class OnnxTarget(Target):
 def _count_operations(program: Program, options: OnnxOptions, coverage: Coverage) -> None:
     """Adds operations that are taken as they are, and those that are written in several operators with the reason."""
     from irc.lowering.onnx.export import setting_of
+    from irc.lowering.onnx.fusing import Match, fusions
     from irc.lowering.onnx.quantized import stored_weights
     from irc.lowering.onnx.registry import find_translation
 
     setting, weights = setting_of(options), dict(stored_weights(program))
     supported: Counter[str] = Counter()
     fallbacks: Counter[tuple[str, str]] = Counter()
+    fused: set[fx.Node] = set()
+    for fusion in fusions(setting):
+        for found in fusion.find(setting, program):
+            if isinstance(found, Match) and fused.isdisjoint(found.covers):
+                supported[f"{fusion.onnx_op}"] += 1
+                fused.update(found.covers)
     for node in program.operations():
         name = op_name(node)
+        if node in fused:
+            continue
         if node in weights and not isinstance(weights[node], formats.QuantFormat):
             fallbacks[name, f"weights in {weights[node]} are written as floats"] += 1
         elif name == "irc.flash_attention":

@@ -139,17 +139,30 @@ class Controller:
         best, most = 0, batch / plain * _GAIN
         for length in range(1, self.max_length + 1):
             verify = self.times.at(batch * (length + 1))
-            draft = self.draft_times.at(length)
-            if draft is None:
-                draft = 0.0
-            elif length not in self.draft_times.seen:
-                nearest = min(self.draft_times.seen, key=lambda known, n=length: abs(known - n))  # type: ignore[misc]
-                draft = self.draft_times.seen[nearest] * length / nearest
             assert verify is not None
-            speed = sum(expected_tokens(rate, length) for rate in rates) / (max(verify, plain) + draft)
+            time_ms = max(verify, plain) + self._draft_time(length)
+            speed = sum(expected_tokens(rate, length) for rate in rates) / time_ms
             if speed > most:
                 best, most = length, speed
         return best
+
+    def predicted(self, rate: float | None) -> float | None:
+        """Speed-up of one sequence that the formula gives for an acceptance rate and the measured times."""
+        plain = self.times.at(1)
+        if rate is None or plain is None:
+            return None
+        length = self.best_length([rate])
+        if length == 0:
+            return 1.0
+        draft, verify = self._draft_time(length), self.times.at(length + 1) or plain
+        return predicted_speedup(rate, length, draft / length / plain, max(verify, plain) / plain)
+
+    def _draft_time(self, length: int) -> float:
+        """Measured, or in proportion to the nearest length that was."""
+        if not self.draft_times.seen:
+            return 0.0
+        nearest = min(self.draft_times.seen, key=lambda known: abs(known - length))
+        return self.draft_times.seen[nearest] * length / nearest
 
     @contextmanager
     def timed_draft(self, length: int, batch: int) -> Iterator[None]:

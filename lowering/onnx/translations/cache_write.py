@@ -17,7 +17,8 @@ from irc.lowering.onnx.registry import Setting, emit, translates
 
 def _why_not(setting: Setting, program: Program, node: fx.Node) -> str | None:
     cache, value, _positions = (n.meta[VAL] for n in node.args[:3])  # type: ignore[union-attr]
-    if KVCache.of(program) is None or node.args[2] is not program.placeholders[1]:
+    cached = KVCache.of(program)
+    if cached is None or cached.layout != "contiguous" or node.args[2] is not program.placeholders[1]:
         return "only a step's own positions are known to be consecutive"
     if cache.dtype != value.dtype or as_bytes(cache).dtype != cache.dtype:
         return "TensorScatter writes values of the cache's own type"

@@ -1,0 +1,273 @@
+"""Serving: throughput of many requests against one at a time, latencies, scheduling overhead, speculation.
+
+    python benchmarks/serving.py                          the engine on the demo model and a 135M-shaped one
+    python benchmarks/serving.py --url http://host:8000   any server with OpenAI's interface, by the same client
+
+Figures are those of the field's serving benchmarks: TTFT (until a request's first token), TPOT (time per token after
+it), each as mean, p50, p90 and p99, and tokens per second. The last line is one JSON object with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import irc
+from irc.core.paged import PagedModel
+from irc.runtime.engine import Engine, EngineOptions
+from irc.runtime.requests import Request
+from irc.runtime.speculation.controller import Controller
+from irc.runtime.speculation.draft_model import DraftModelProposer
+from irc.runtime.speculation.ngram import NgramProposer
+from irc.runtime.speculation.speculation import Speculation
+
+PASSES = "merge-qkv,merge-gate-up,insert-kv-cache{layout=paged}"
+
+
+@dataclass
+class Timing:
+    """One request: when it was sent, when its first and its last token came, and how many there were."""
+
+    sent: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
+def summary(timings: Sequence[Timing], seconds: float) -> dict[str, Any]:
+    """The field's figures."""
+    ttft = [(t.first - t.sent) * 1e3 for t in timings]
+    tpot = [(t.last - t.first) / (t.tokens - 1) * 1e3 for t in timings if t.tokens > 1]
+    tokens = sum(t.tokens for t in timings)
+    return {
+        "requests": len(timings), "seconds": seconds, "tokens_per_second": tokens / seconds,
+        "requests_per_second": len(timings) / seconds, "ttft_ms": spread(ttft), "tpot_ms": spread(tpot),
+    }  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+    return {"mean": statistics.fmean(values), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99)}
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def prompts_of(count: int, vocabulary: int, length: int = 32) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
+
+
+def serve_all(
+    model: PagedModel, prompts: Sequence[Sequence[int]], new_tokens: int, concurrency: int,
+    speculation: Speculation | None = None,
+) -> tuple[dict[str, Any], Engine]:  # fmt: skip
+    """All prompts, `concurrency` at a time."""
+    options = EngineOptions(max_sequences=concurrency, max_batch_tokens=512, prefix_cache=False)
+    engine = Engine(model, options, speculation)
+    waiting, timings = list(prompts), dict[int, Timing]()
+    started = time.perf_counter()
+    while waiting or engine.has_work:
+        while waiting and engine.num_running + engine.num_waiting < concurrency:
+            number = engine.add(Request(prompt=waiting.pop(0), max_new_tokens=new_tokens))
+            timings[number] = Timing(time.perf_counter())
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            timing = timings[output.request_id]
+            timing.first = timing.first or now
+            timing.last = now
+            timing.tokens += len(output.token_ids)
+    return summary(list(timings.values()), time.perf_counter() - started), engine
+
+
+def throughput(name: str, model: PagedModel, *, rounds: int, new_tokens: int, alone: int) -> dict[str, Any]:
+    """32 at once against one at a time, in turns."""
+    prompts = prompts_of(32, model.vocabulary_size)
+    serve_all(model, prompts[:4], 4, 4)
+    ratios, overheads, last = [], [], dict[str, Any]()
+    for _ in range(rounds):
+        single, _ = serve_all(model, prompts[:alone], new_tokens, 1)
+        many, engine = serve_all(model, prompts, new_tokens, 32)
+        ratios.append(many["tokens_per_second"] / single["tokens_per_second"])
+        overheads.append(engine.stats.overhead_ms / engine.stats.steps)
+        last = {"one": single, "many": many}
+    result = {
+        "model": name, "ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)],
+        "overhead_ms": statistics.median(overheads), "overhead_spread": [min(overheads), max(overheads)], **last,
+    }  # fmt: skip
+    print(
+        f"{name}: 32 at once {last['many']['tokens_per_second']:.0f} tok/s, one at a time"
+        f" {last['one']['tokens_per_second']:.0f}: {result['ratio']:.2f} × ({min(ratios):.2f}–{max(ratios):.2f});"
+        f" overhead {result['overhead_ms']:.3f} ms a step ({min(overheads):.3f}–{max(overheads):.3f});"
+        f" TTFT p50 {last['many']['ttft_ms']['p50']:.0f} ms, TPOT p50 {last['many']['tpot_ms']['p50']:.1f} ms"
+    )
+    return result
+
+
+# ---------------------------------------------------------------- speculation
+
+
+def generated(
+    model: PagedModel, prompts: Sequence[list[int]], new_tokens: int, speculation: Speculation | None
+) -> float:
+    """Tokens per second, one prompt at a time."""
+    return serve_all(model, prompts, new_tokens, 1, speculation)[0]["tokens_per_second"]
+
+
+def speculated(
+    name: str, model: PagedModel, prompts: Sequence[list[int]], make: Callable[[], Speculation], *, rounds: int,
+    new_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Speed-up at batch 1, in turns with plain decoding; one controller lives through all rounds, as in a server."""
+    speculation, ratios = make(), []
+    generated(model, prompts[:1], 8, None)
+    for _ in range(rounds):
+        plain = generated(model, prompts, new_tokens, None)
+        ratios.append(generated(model, prompts, new_tokens, speculation) / plain)
+    stats, controller = speculation.stats, speculation.controller
+    rate = stats.acceptance_rate
+    predicted = controller.predicted(rate)
+    result = {
+        "task": name, "speedup": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
+        "acceptance_rate": rate, "tokens_per_step": stats.tokens_per_step, "predicted": predicted,
+    }  # fmt: skip
+    print(
+        f"{name}: {result['speedup']:.2f} × ({min(ratios):.2f}–{max(ratios):.2f}), acceptance"
+        f" {'–' if rate is None else f'{rate:.0%}'}, {stats.tokens_per_step or 0:.2f} tokens a step,"
+        f" predicted {'–' if predicted is None else f'{predicted:.2f} ×'}"
+    )
+    return result
+
+
+def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
+    from irc.demo.corpus import read_documents
+    from irc.demo.tinypy import load_tokenizer
+
+    tokenizer = load_tokenizer()
+    model, draft = demo("tinypy"), demo("tinypy-draft")
+    documents = read_documents("validation")[:40]
+    code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
+    line = "    parser.add_argument('--{0}', dest='{0}', default=None, help='the {0} of the file')\n"
+    copied = ["".join(line.format(w) for w in ("name", "size", "mode", "path")) for _ in range(1)]
+    copies = [tokenizer.encode(text * 2).ids for text in copied] * 4
+    noise = prompts_of(8, model.vocabulary_size, 64)
+
+    def by_draft() -> Speculation:
+        return Speculation(DraftModelProposer(draft, model))
+
+    def by_lookup() -> Speculation:
+        return Speculation(NgramProposer(), Controller(max_length=12))
+
+    return [
+        speculated("draft model, code", model, code, by_draft, rounds=rounds, new_tokens=new_tokens),
+        speculated("n-gram, copying", model, copies, by_lookup, rounds=rounds, new_tokens=new_tokens),
+        speculated("n-gram, code", model, code, by_lookup, rounds=rounds, new_tokens=new_tokens),
+        speculated("draft model, noise", model, noise, by_draft, rounds=rounds, new_tokens=new_tokens),
+        speculated("n-gram, noise", model, noise, by_lookup, rounds=rounds, new_tokens=new_tokens),
+    ]
+
+
+def demo(which: str) -> PagedModel:
+    from irc.cli.models import load_shipped
+
+    loaded = load_shipped(which)
+    return irc.compile(
+        loaded.model, PASSES, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic, verify="off"
+    ).paged_model()
+
+
+def of_135m() -> PagedModel:
+    """Random weights in the shape of SmolLM-135M."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    return irc.compile(model, PASSES, verify="off").paged_model()
+
+
+# ---------------------------------------------------------------- any server
+
+
+async def drive_server(url: str, model: str, key: str, count: int, concurrency: int, new_tokens: int) -> dict[str, Any]:
+    """The same client for every server: streamed completions, `concurrency` at a time."""
+    import httpx
+
+    gate, timings = asyncio.Semaphore(concurrency), list[Timing]()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(timeout=None, headers=headers, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def one(number: int) -> None:
+            body = {
+                "model": model, "prompt": f"def function_{number}(self, value):\n    ", "max_tokens": new_tokens,
+                "temperature": 0, "stream": True,
+            }  # fmt: skip
+            async with gate:
+                timing = Timing(time.perf_counter())
+                async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                    answer.raise_for_status()
+                    async for text in answer.aiter_lines():
+                        if text.startswith("data: {"):
+                            timing.last = time.perf_counter()
+                            timing.first = timing.first or timing.last
+                            timing.tokens += 1
+                timings.append(timing)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(one(n) for n in range(count)))
+        return summary(timings, time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, without the 135M shape")
+    parser.add_argument("--json", action="store_true", help="last line: one JSON object")
+    parser.add_argument("--only", choices=["demo", "135m", "speculation"], help="one part")
+    parser.add_argument("--url", help="drive a server instead")
+    parser.add_argument("--model", default="", help="of the server")
+    parser.add_argument("--key", default="", help="of the server")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
+    given = parser.parse_args()
+    result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if given.url:
+        made = asyncio.run(
+            drive_server(given.url, given.model, given.key, given.requests, given.concurrency, given.tokens)
+        )
+        print(json.dumps(made, indent=2))
+        result["server"] = made
+    else:
+        rounds, tokens = (1, 24) if given.quick else (5, given.tokens)
+        if given.only in (None, "demo"):
+            result["demo"] = throughput("demo", demo("tinypy"), rounds=rounds, new_tokens=tokens, alone=4)
+        if given.only in (None, "speculation"):
+            result["speculation"] = speculation_tasks(rounds, tokens)
+        if given.only == "135m" or (given.only is None and not given.quick):
+            result["135m"] = throughput("135M shape", of_135m(), rounds=min(rounds, 3), new_tokens=16, alone=2)
+    if given.json:
+        print(json.dumps(result))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

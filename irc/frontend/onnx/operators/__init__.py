@@ -1,0 +1,9 @@
+"""ONNX operators in PyTorch: one file a family; importing the package registers all of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

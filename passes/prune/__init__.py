@@ -1,0 +1,1 @@
+"""Passes that take parts of a model away."""
