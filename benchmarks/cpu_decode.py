@@ -1,4 +1,4 @@
-"""Target cpu against llama.cpp at the shapes of real Llamas with random weights: decode, prefill, verification of drafts.
+"""Target cpu against llama.cpp at the shapes of real Llamas, random weights: decode, prefill, verification.
 
     python benchmarks/cpu_decode.py --shape 135M --format q4_0
     python benchmarks/cpu_decode.py --shape 1.1B --format q4_0 q8_0 bf16      # needs about 10 GB
