@@ -63,4 +63,4 @@ kernels-sanitized:  ## kernel tests under the address, undefined-behaviour and t
 		$(PYTHON) -m pytest tests/kernels
 
 kernels-emulated:  ## kernel tests with AVX-512 computed by SIMDe (Debian: apt install libsimde-dev); about 10 minutes
-	IRC_KERNEL_FLAGS="-DIRC_EMULATE_AVX512 -Wno-error" $(PYTHON) -m pytest tests/kernels
+	IRC_KERNEL_FLAGS="-DIRC_EMULATE_AVX512 -Wno-error -Wno-psabi" $(PYTHON) -m pytest tests/kernels
