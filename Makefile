@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,6 +39,15 @@ onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
 
 bench:  ## all benchmarks, short
 	for script in benchmarks/*.py; do $(PYTHON) $$script --quick || exit 1; done
+
+fuzz:  ## random clusters on target cpu against the reference, 100 of them
+	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/lowering/test_clusters.py
+
+sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers
+	IRC_FUZZ_COUNT=20 IRC_FUZZ_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(PYTHON) -m pytest tests/lowering/test_clusters.py
 
 clean:  ## remove what builds and checks leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis irc-demo

@@ -8,9 +8,9 @@
 // Rows: the queries of all heads that share a key-value head are worked on together (row r of a key-value head: query
 // r / group, head r % group), so keys and values are read once for the group.
 //
-// Two kernels. `few` (decode, verification, paged caches): dots along the head's width, blocks of 64 keys; the keys of
+// Two kernels. `few` (up to 31 rows, and paged caches): dots along the head's width, blocks of 64 keys; the keys of
 // one row block are split over workers where there are fewer blocks than workers can use, and the parts are merged
-// (Flash-Decoding). `many` (prefill over contiguous caches): keys and values are laid out once as panels, then the tiles
+// (Flash-Decoding). `many` (more rows over contiguous caches): keys and values are laid out once as panels, then the tiles
 // of fmatmul.h multiply.
 //
 // Error of an element, with f32 operands: at most (2 width 2^-24 max|q||k| scale + length 2^-24 + 1e-6) sum p |v|.
@@ -78,8 +78,8 @@ struct AttentionArguments {
 
 constexpr int64_t few_rows = 64, few_keys = 64, least_split = 128;
 constexpr int64_t many_rows = 96, many_keys = gemm_columns;
-// Queries from which laying keys and values out as panels pays.
-constexpr int64_t many_queries = 32;
+// Rows of a key-value head (queries times group) from which laying keys and values out as panels pays.
+constexpr int64_t panels_pay = 32;
 
 IRC_INLINE constexpr float minus_infinity() { return -__builtin_inff(); }
 
@@ -437,14 +437,14 @@ inline void many(Worker& worker, const Arguments& arguments, uint8_t* scratch, E
     });
 }
 
-IRC_INLINE bool takes_many(int64_t width, int64_t value_width, int64_t queries, bool paged) {
-    return !paged && queries >= many_queries && width <= gemm_depth && value_width <= gemm_columns;
+IRC_INLINE bool takes_many(int64_t width, int64_t value_width, int64_t rows, bool paged) {
+    return !paged && rows >= panels_pay && width <= gemm_depth && value_width <= gemm_columns;
 }
 
 // Bytes of scratch for both kernels.
 inline int64_t attention_scratch(int64_t width, int64_t value_width, int64_t batch, int64_t heads, int64_t kv_heads,
                                  int64_t queries, int64_t length, bool paged, int workers) {
-    if (takes_many(width, value_width, queries, paged))
+    if (takes_many(width, value_width, queries * (heads / kv_heads), paged))
         return batch * kv_heads * padded(length) * (width + padded(value_width)) * 4;
     const int64_t group = heads / kv_heads, per_block = group >= few_rows ? few_rows : few_rows / group * group;
     const int64_t units = batch * kv_heads * ceil_div(queries * group, per_block);
@@ -457,7 +457,7 @@ template <int Width, int ValueWidth, class Arguments, class Epilogue>
 inline void attention(Worker& worker, const Arguments& arguments, uint8_t* scratch, Epilogue&& epilogue) {
     const bool paged = arguments.keys.table != nullptr || arguments.sequence_ids != nullptr;
     if constexpr (Width <= gemm_depth && ValueWidth <= gemm_columns) {
-        if (takes_many(Width, ValueWidth, arguments.queries, paged)) {
+        if (takes_many(Width, ValueWidth, arguments.rows(), paged)) {
             many<Width, ValueWidth>(worker, arguments, scratch, epilogue);
             return;
         }

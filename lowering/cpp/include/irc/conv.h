@@ -39,7 +39,7 @@ struct PixelRun {
             y[i] = p / shape.out_width * shape.stride_y - shape.padding_y;
             x[i] = p % shape.out_width * shape.stride_x - shape.padding_x;
         }
-        one_row = count == 16 && y[0] == y[15] && shape.stride_x == 1;
+        one_row = count == 16 && y[0] == y[15];
     }
 };
 
@@ -53,9 +53,12 @@ inline void take_pixels(const ConvShape& shape, const Value* plane, const PixelR
             for (int64_t i = 0; i < 16; ++i) to[i * to_step] = outside;
             return;
         }
-        if (x >= 0 && x + 16 <= shape.width) {
-            const Value* from = plane + y * shape.width + x;
-            for (int64_t i = 0; i < 16; ++i) to[i * to_step] = from[i];
+        const Value* from = plane + y * shape.width + x;
+        if (x >= 0 && x + 15 * shape.stride_x < shape.width) {
+            if (shape.stride_x == 1)
+                for (int64_t i = 0; i < 16; ++i) to[i * to_step] = from[i];
+            else
+                for (int64_t i = 0; i < 16; ++i) to[i * to_step] = from[i * shape.stride_x];
             return;
         }
     }

@@ -3,8 +3,7 @@
 // Packed weights: panels of 16 rows, [depth][16]; bf16 in pairs along k, [depth / 2][16][2], the operand order of
 // AVX-512's dot product. 8-bit floats carry 16 scales at the end of a panel, applied to the finished sum.
 //
-// Order of the sums. One token: 4 interleaved partial sums (k mod 4, or pairs mod 4), added at the end. More: ascending
-// k. Error at most (depth + 4) 2^-24 sum |x w|. With bf16 activations and bf16 weights AVX-512 sums pairs by vdpbf16ps,
+// Sums run in ascending order of k. Error at most (depth + 4) 2^-24 sum |x w|. With bf16 activations and bf16 weights AVX-512 sums pairs by vdpbf16ps,
 // whose products are exact and whose subnormals are zero.
 //
 // Activations that are not f32 are first widened to f32 in scratch (but for that last case).
@@ -214,25 +213,26 @@ inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, in
     }
 }
 
-// One row against one panel, read once.
-template <class Panel>
-inline f32x16 panel_times_floats(const float* x, const uint8_t* panel, int64_t size) {
-    constexpr int64_t ahead = 4096, step = Panel::step, block = 4 * step;
-    f32x16 sums[4] = {zero(), zero(), zero(), zero()};
-    const auto add_step = [&](f32x16& sum, int64_t k, int64_t last) {
-        const uint8_t* p = Panel::at(panel, k);
-        sum = fma(set1(x[k]), Panel::template columns<0>(p), sum);
-        if constexpr (step == 2)
-            if (k + 1 < last) sum = fma(set1(x[k + 1]), Panel::template columns<1>(p), sum);
-    };
-    int64_t k = 0;
-    for (; k + block <= size; k += block) {
-        for (int64_t i = 0; i < Panel::at(panel, block) - panel; i += 64) prefetch(Panel::at(panel, k) + ahead + i);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) add_step(sums[i], k + i * step, k + block);
+// One row against P neighbouring panels, as many streams of memory.
+template <class Panel, int P>
+inline void panels_times_floats(const float* x, const uint8_t* panel, int64_t size, float* results) {
+    constexpr int64_t ahead = 1024, step = Panel::step;
+    const int64_t panel_bytes = Panel::bytes(size);
+    f32x16 sums[P];
+    for (int p = 0; p < P; ++p) sums[p] = zero();
+    const int64_t whole = size / step * step;
+    for (int64_t k = 0; k < whole; k += step) {
+        for (int p = 0; p < P; ++p) {
+            const uint8_t* place = Panel::at(panel, k) + p * panel_bytes;
+            prefetch(place + ahead);
+            sums[p] = fma(set1(x[k]), Panel::template columns<0>(place), sums[p]);
+            if constexpr (step == 2) sums[p] = fma(set1(x[k + 1]), Panel::template columns<1>(place), sums[p]);
+        }
     }
-    for (int i = 0; k < size; k += step, ++i) add_step(sums[i], k, size);
-    return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+    if (whole < size)
+        for (int p = 0; p < P; ++p)
+            sums[p] = fma(set1(x[whole]), Panel::template columns<0>(Panel::at(panel, whole) + p * panel_bytes), sums[p]);
+    for (int p = 0; p < P; ++p) store(results + 16 * p, sums[p]);
 }
 
 // Scales of a panel of 8-bit floats, at its end.
@@ -254,12 +254,17 @@ inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uin
     };
     if constexpr (sizeof(Input) == 4) {
         if (num_rows == 1) {
-            for_chunks(worker, ceil_div(num_columns, gemm_piece), [&](int64_t piece) {
-                float values[gemm_piece];
-                const int64_t n0 = piece * gemm_piece, n1 = min_of(num_columns, n0 + gemm_piece);
-                for (int64_t n = n0; n < n1; n += 16)
-                    store(values + n - n0, panel_times_floats<Panel>(x, packed + n / 16 * panel_bytes, size));
-                finish(0, n0, n1, values);
+            constexpr int64_t panels = 4, width = 16 * panels;
+            for_chunks(worker, ceil_div(num_columns, width), [&](int64_t chunk) {
+                alignas(64) float values[width];
+                const int64_t n0 = chunk * width, n1 = min_of(num_columns, n0 + width);
+                const uint8_t* panel = packed + n0 / 16 * panel_bytes;
+                if (n1 - n0 > width - 16)
+                    panels_times_floats<Panel, panels>(x, panel, size, values);
+                else
+                    for (int64_t n = 0; n < n1 - n0; n += 16)
+                        panels_times_floats<Panel, 1>(x, panel + n / 16 * panel_bytes, size, values + n);
+                for (int64_t n = n0; n < n1; n += gemm_piece) finish(0, n, min_of(n1, n + gemm_piece), values + n - n0);
             });
             return;
         }

@@ -3,9 +3,9 @@
 // sum is scaled in f32, groups are added in f32 in ascending order, and the row's scale comes last.
 //
 // Packed weights: panels of 16 rows; a panel is its groups one after the other; a group is its lines (dot8.h), 16
-// scales, and if asymmetric 16 zero points (8 bits: plus 128). A thread reads one contiguous stream.
+// scales, and if asymmetric 16 zero points (8 bits: plus 128).
 //
-// One token: panels are read once, the sums stay in registers, memory sets the pace. 2 or more tokens: for each group
+// One token: panels are read once, four at a time, the sums stay in registers, memory sets the pace. 2 or more tokens: for each group
 // of a panel all tiles of a block of tokens pass, so a group is read from memory once a block and the block's
 // activations stay in the second-level cache.
 //
@@ -18,6 +18,10 @@
 IRC_BEGIN
 
 constexpr int64_t columns = 32;
+// Panels that one token passes at a time: as many streams of memory a thread. A single stream, however far ahead it is
+// prefetched, reaches half of what a core can read (13 against 25 GB/s where it was measured).
+constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 1024;
+constexpr int64_t few_tokens = 16;
 // Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
 constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
 
@@ -55,7 +59,7 @@ struct Weights {
 template <class W, int H>
 IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t group_at_run_time, const int8_t* values,
                            const int32_t* seeds, i32x16 (&sums)[H]) {
-    const int64_t group = W::fixed_group ? W::fixed_group : group_at_run_time;
+    const int64_t group = W::one_segment ? W::fixed_group : group_at_run_time;
     if constexpr (!W::one_segment || W::bits == 8) {
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) sums[m] = zero_i32();
@@ -108,25 +112,37 @@ IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t g
     }
 }
 
-// One token against one panel: 16 results, not yet times the token's scale.
-template <class W>
-inline f32x16 panel_times_row(const uint8_t* panel, int64_t size, const int8_t* values, const int32_t* seeds) {
-    constexpr int64_t ahead = 4096;  // bytes between a load and its prefetch
+// One token against P neighbouring panels: 16 results each, not yet times the token's scale.
+template <class W, int P>
+inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* values, const int32_t* seeds,
+                             float* results) {
     const int64_t group = W::group(size), groups = W::groups(size), segments = W::segments_of_group(size);
-    const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size);
-    f32x16 total = zero();
+    const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
+    // Long groups pass in pieces, so that the panels take turns.
+    const int64_t piece = W::one_segment ? group : 2 * segment_size;
+    f32x16 totals[P];
+    for (int p = 0; p < P; ++p) totals[p] = zero();
     for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t i = 0; i < group_bytes; i += 64) prefetch(panel + ahead + i);
-        i32x16 sums[1];
-        const uint8_t* scales = panel + line_bytes;
-        group_sums<W, 1>(panel, panel + group_bytes - 16, group, values,
-                         seeds, sums);
-        total = fma(to_float(sums[0]), W::scales(scales), total);
+        i32x16 sums[P];
+        for (int p = 0; p < P; ++p) sums[p] = zero_i32();
+        for (int64_t k = 0; k < group; k += piece) {
+            const int64_t length = min_of(piece, group - k);
+            for (int p = 0; p < P; ++p) {
+                const uint8_t* block = panel + p * panel_bytes;
+                const uint8_t* lines = block + k * 2 * W::bits;
+                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + row_ahead + i);
+                i32x16 part[1];
+                group_sums<W, 1>(lines, block + group_bytes - 16, length, values + k, seeds + k / segment_size, part);
+                sums[p] = add(sums[p], part[0]);
+            }
+        }
+        for (int p = 0; p < P; ++p)
+            totals[p] = fma(to_float(sums[p]), W::scales(panel + p * panel_bytes + line_bytes), totals[p]);
         panel += group_bytes;
         values += group;
         seeds += segments;
     }
-    return total;
+    for (int p = 0; p < P; ++p) store(results + 16 * p, totals[p]);
 }
 
 // One group of a panel against one tile: totals[row][16] += sums * scales.
@@ -174,40 +190,43 @@ struct TilePlace {
     float* totals;
 };
 
-// The tiles [first, last) as a block whose sums lie in totals [rows][columns].
+// The tiles [first, last) as a block whose sums lie in totals [rows][stride].
 struct TileBlock {
     TilePlace places[most_rows];
-    int64_t count = 0, num_rows = 0, first_row = 0;
+    int64_t count = 0, num_rows = 0, first_row = 0, stride;
     float* totals;
 
     TileBlock(const Tiles& tiles, int64_t first, int64_t last, const QuantizedRows& rows, int64_t depth, int64_t segments,
-              float* sums)
-        : totals(sums) {
+              float* sums, int64_t sums_stride)
+        : stride(sums_stride), totals(sums) {
         first_row = tiles.first(first);
         num_rows = tiles.first(last) - first_row;
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t row = tiles.first(tile);
             places[count++] = {tiles.height(tile), rows.values + row * depth, rows.seeds + row * segments,
-                               totals + (row - first_row) * columns};
+                               totals + (row - first_row) * stride};
         }
     }
 };
 
-// A block of tiles against one panel: sets columns `offset` to `offset` + 16 of the block's totals.
+// A block of tiles against `panels` neighbouring panels, in turn for each group: sets the block's totals.
 template <class W>
-inline void panel_times_tiles(const uint8_t* panel, int64_t size, const TileBlock& block, int64_t offset) {
-    constexpr int64_t ahead = 2048;
+inline void panels_times_tiles(const uint8_t* panel, int64_t panels, int64_t size, const TileBlock& block) {
     const int64_t group = W::group(size), groups = W::groups(size), segments = W::segments_of_group(size);
-    const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size);
-    for (int64_t m = 0; m < block.num_rows; ++m) store(block.totals + m * columns + offset, zero());
+    const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
+    for (int64_t m = 0; m < block.num_rows; ++m)
+        for (int64_t p = 0; p < panels; ++p) store(block.totals + m * block.stride + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t i = 0; i < group_bytes; i += 64) prefetch(panel + ahead + i);
-        const f32x16 scales = W::scales(panel + line_bytes);
-        for (int64_t t = 0; t < block.count; ++t) {
-            const TilePlace& tile = block.places[t];
-            group_times_tile<W>(tile.height, panel, panel + group_bytes - 16, group, scales,
-                                tile.values + g * group * tile.height, tile.seeds + g * segments * tile.height,
-                                tile.totals + offset, columns);
+        for (int64_t p = 0; p < panels; ++p) {
+            const uint8_t* lines = panel + p * panel_bytes;
+            for (int64_t i = 0; i < min_of(group_bytes, row_ahead); i += 64) prefetch(lines + row_ahead + i);
+            const f32x16 scales = W::scales(lines + line_bytes);
+            for (int64_t t = 0; t < block.count; ++t) {
+                const TilePlace& tile = block.places[t];
+                group_times_tile<W>(tile.height, lines, lines + group_bytes - 16, group, scales,
+                                    tile.values + g * group * tile.height, tile.seeds + g * segments * tile.height,
+                                    tile.totals + 16 * p, block.stride);
+            }
         }
         panel += group_bytes;
     }
@@ -248,30 +267,35 @@ inline void quantize_activations(Worker& worker, const Input* x, int64_t stride,
     worker.barrier();
 }
 
-// Columns n0 to n1 of the one token.
+// Columns n0 to n1 (at most row_columns) of the one token.
 template <class W, class Epilogue>
 inline void row_block(const uint8_t* packed, int64_t n0, int64_t n1, int64_t size, const QuantizedRows& rows,
                       Epilogue& epilogue) {
-    alignas(64) float values[columns];
-    const f32x16 scale = set1(rows.scales[0]);
-    for (int64_t n = n0; n < n1; n += 16) {
-        const uint8_t* panel = packed + n / 16 * W::panel_bytes(size);
-        store(values + n - n0, mul(scale, panel_times_row<W>(panel, size, rows.values, rows.seeds)));
+    alignas(64) float values[row_columns];
+    const uint8_t* panel = packed + n0 / 16 * W::panel_bytes(size);
+    if (n1 - n0 > row_columns - 16) {
+        panels_times_row<W, row_panels>(panel, size, rows.values, rows.seeds, values);
+    } else {
+        for (int64_t n = n0; n < n1; n += 16, panel += W::panel_bytes(size))
+            panels_times_row<W, 1>(panel, size, rows.values, rows.seeds, values + n - n0);
     }
-    epilogue(int64_t{0}, n0, n1, static_cast<const float*>(values));
+    const f32x16 scale = set1(rows.scales[0]);
+    for (int64_t n = 0; n < n1 - n0; n += 16) store(values + n, mul(scale, load(values + n)));
+    for (int64_t n = n0; n < n1; n += columns)
+        epilogue(int64_t{0}, n, min_of(n1, n + columns), static_cast<const float*>(values + n - n0));
 }
 
 // Columns n0 to n1 of a block of tokens.
 template <class W, class Epilogue>
 inline void tile_block(const uint8_t* packed, int64_t n0, int64_t n1, int64_t size, const QuantizedRows& rows,
                        const TileBlock& block, Epilogue& epilogue) {
-    for (int64_t n = n0; n < n1; n += 16)
-        panel_times_tiles<W>(packed + n / 16 * W::panel_bytes(size), size, block, n - n0);
+    panels_times_tiles<W>(packed + n0 / 16 * W::panel_bytes(size), ceil_div(n1 - n0, 16), size, block);
     for (int64_t m = 0; m < block.num_rows; ++m) {
-        float* values = block.totals + m * columns;
+        float* values = block.totals + m * block.stride;
         const f32x16 scale = set1(rows.scales[block.first_row + m]);
-        for (int64_t n = n0; n < n1; n += 16) store(values + n - n0, mul(scale, load(values + n - n0)));
-        epilogue(block.first_row + m, n0, n1, static_cast<const float*>(values));
+        for (int64_t n = 0; n < n1 - n0; n += 16) store(values + n, mul(scale, load(values + n)));
+        for (int64_t n = n0; n < n1; n += columns)
+            epilogue(block.first_row + m, n, min_of(n1, n + columns), static_cast<const float*>(values + n - n0));
     }
 }
 
@@ -280,25 +304,24 @@ template <class W, class Epilogue>
 inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num_rows, int64_t num_columns, int64_t size,
                               uint8_t* scratch, Epilogue&& epilogue) {
     const QuantizedRows rows = quantized_rows<W>(worker, scratch, num_rows, size);
-    const int64_t blocks = ceil_div(num_columns, columns);
     if (num_rows == 1) {
-        const int64_t fitting = 32768 / (2 * W::panel_bytes(size));
-        const int64_t per_chunk = max_of(1, min_of(fitting, blocks / (4 * worker.count)));
-        for_chunks(worker, ceil_div(blocks, per_chunk), [&](int64_t chunk) {
-            for (int64_t block = chunk * per_chunk; block < min_of(blocks, (chunk + 1) * per_chunk); ++block)
-                row_block<W>(packed, block * columns, min_of(num_columns, (block + 1) * columns), size, rows, epilogue);
+        for_chunks(worker, ceil_div(num_columns, row_columns), [&](int64_t chunk) {
+            const int64_t n0 = chunk * row_columns;
+            row_block<W>(packed, n0, min_of(num_columns, n0 + row_columns), size, rows, epilogue);
         });
         return;
     }
+    // Few tokens: memory sets the pace, so as many streams as for one. Many: totals that stay in the first-level cache.
+    const int64_t width = num_rows <= few_tokens ? row_columns : columns, blocks = ceil_div(num_columns, width);
     const Tiles tiles(num_rows);
     const int64_t most_tiles = max_of(1, min_of(most_rows, activations_cache / W::depth(size)) / tile_height);
     const int64_t row_blocks = ceil_div(tiles.count, most_tiles);
     for_chunks(worker, row_blocks * blocks, [&](int64_t chunk) {
-        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * columns;
+        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * width;
         const int64_t first = tiles.count * row_block / row_blocks, last = tiles.count * (row_block + 1) / row_blocks;
         alignas(64) float totals[most_rows * columns];
-        const TileBlock place(tiles, first, last, rows, W::depth(size), W::segments(size), totals);
-        tile_block<W>(packed, n0, min_of(num_columns, n0 + columns), size, rows, place, epilogue);
+        const TileBlock place(tiles, first, last, rows, W::depth(size), W::segments(size), totals, width);
+        tile_block<W>(packed, n0, min_of(num_columns, n0 + width), size, rows, place, epilogue);
     });
 }
 
