@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,6 +27,9 @@ test:  ## the test suite
 
 demo:  ## the main job, end to end
 	irc demo
+
+llama-cpp:  ## build llama.cpp in .llama-cpp/ and hold the GGUF target against it (minutes)
+	$(PYTHON) -m tests.llama_cpp.check --write
 
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
