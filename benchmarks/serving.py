@@ -196,9 +196,11 @@ def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     model, draft = demo("tinypy"), demo("tinypy-draft")
     documents = read_documents("validation")[:40]
     code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
-    line = "    parser.add_argument('--{0}', dest='{0}', default=None)\n"
-    tables = (("name", "size", "mode"), ("path", "user"), ("left", "right", "top"), ("first", "last"))
-    copies = [tokenizer.encode("".join(map(line.format, words)) * 3).ids for words in tables]
+    repeated = (
+        "    (0, 1, 0, 0, 1, 0),\n", "    self.assertEqual(result, None)\n", "        0x00, 0x01, 0x02, 0x03,\n",
+        "    'name': 'value', 'size': 'value',\n",
+    )  # fmt: skip
+    copies = [tokenizer.encode(line * 8).ids for line in repeated]
     noise = prompts_of(8, model.vocabulary_size, 64)
 
     def by_draft() -> Speculation:
