@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo coverage onnx-coverage onnx-genai bench clean kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -28,6 +28,9 @@ test:  ## the test suite
 demo:  ## the main job, end to end
 	irc demo
 
+llama-cpp:  ## build llama.cpp in .llama-cpp/ and hold the GGUF target against it (minutes)
+	$(PYTHON) -m tests.llama_cpp.check --write
+
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
 
@@ -40,6 +43,15 @@ onnx-coverage:  ## recompute the table in docs/onnx.md (an hour)
 bench:  ## all benchmarks, short
 	for script in benchmarks/*.py; do $(PYTHON) $$script --quick || exit 1; done
 
+fuzz:  ## random clusters on target cpu against the reference, 100 of them
+	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/lowering/test_clusters.py
+
+sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers
+	IRC_FUZZ_COUNT=20 IRC_FUZZ_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(PYTHON) -m pytest tests/lowering/test_clusters.py
+
 clean:  ## remove what builds and checks leave behind
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis irc-demo
 
@@ -51,4 +63,4 @@ kernels-sanitized:  ## kernel tests under the address, undefined-behaviour and t
 		$(PYTHON) -m pytest tests/kernels
 
 kernels-emulated:  ## kernel tests with AVX-512 computed by SIMDe (Debian: apt install libsimde-dev); about 10 minutes
-	IRC_KERNEL_FLAGS="-DIRC_EMULATE_AVX512 -Wno-error" $(PYTHON) -m pytest tests/kernels
+	IRC_KERNEL_FLAGS="-DIRC_EMULATE_AVX512 -Wno-error -Wno-psabi" $(PYTHON) -m pytest tests/kernels

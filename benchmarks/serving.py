@@ -120,6 +120,39 @@ def throughput(name: str, model: PagedModel, *, rounds: int, new_tokens: int, al
     return result
 
 
+class Instant:
+    """The interface of a model that answers at once: what is left is the engine's own time."""
+
+    def __init__(self, model: PagedModel) -> None:
+        self._model, self._logits = model, torch.zeros(64, model.vocabulary_size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def paged_step(self, pages: Any, inputs: Any) -> torch.Tensor:
+        return self._logits[: len(inputs.logit_indices)]
+
+
+def overhead(model: PagedModel, *, rounds: int, batch: int = 32, new_tokens: int = 100) -> dict[str, Any]:
+    """Time of the engine's thread on a processor per decoding step (what other processes take is not in it)."""
+    found = []
+    for _ in range(rounds):
+        engine = Engine(Instant(model), EngineOptions(max_sequences=batch))  # type: ignore[arg-type]
+        for prompt in prompts_of(batch, model.vocabulary_size, 8):
+            engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
+        engine.step()
+        started, steps = time.thread_time(), engine.stats.steps
+        while engine.has_work:
+            engine.step()
+        found.append((time.thread_time() - started) * 1e3 / (engine.stats.steps - steps))
+    result = {"batch": batch, "cpu_ms": statistics.median(found), "spread": [min(found), max(found)]}
+    print(
+        f"engine without a model, batch {batch}: {result['cpu_ms']:.3f} ms of processor time a step"
+        f" ({min(found):.3f}–{max(found):.3f})"
+    )
+    return result
+
+
 # ---------------------------------------------------------------- speculation
 
 
@@ -163,9 +196,11 @@ def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     model, draft = demo("tinypy"), demo("tinypy-draft")
     documents = read_documents("validation")[:40]
     code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
-    line = "    parser.add_argument('--{0}', dest='{0}', default=None, help='the {0} of the file')\n"
-    copied = ["".join(line.format(w) for w in ("name", "size", "mode", "path")) for _ in range(1)]
-    copies = [tokenizer.encode(text * 2).ids for text in copied] * 4
+    repeated = (
+        "    (0, 1, 0, 0, 1, 0),\n", "    self.assertEqual(result, None)\n", "        0x00, 0x01, 0x02, 0x03,\n",
+        "    'name': 'value', 'size': 'value',\n",
+    )  # fmt: skip
+    copies = [tokenizer.encode(line * 8).ids for line in repeated]
     noise = prompts_of(8, model.vocabulary_size, 64)
 
     def by_draft() -> Speculation:
@@ -259,6 +294,7 @@ def main() -> None:
     else:
         rounds, tokens = (1, 24) if given.quick else (5, given.tokens)
         if given.only in (None, "demo"):
+            result["overhead"] = overhead(demo("tinypy"), rounds=5)
             result["demo"] = throughput("demo", demo("tinypy"), rounds=rounds, new_tokens=tokens, alone=4)
         if given.only in (None, "speculation"):
             result["speculation"] = speculation_tasks(rounds, tokens)

@@ -324,6 +324,9 @@ class Engine:
             best = logits.argmax(-1).tolist() if rows else []
             for work, first in rows:
                 draft = work.sequence.draft
+                if not draft:
+                    yield work, first, best[first : first + 1]
+                    continue
                 accepted = 0
                 while accepted < len(draft) and draft[accepted] == best[first + accepted]:
                     accepted += 1
@@ -351,14 +354,18 @@ class Engine:
         """Add the tokens of one sequence, and split off further samples of its prompt."""
         sequence = work.sequence
         drafted = len(sequence.draft)
-        if drafted and self.speculation is not None:
-            self.speculation.verified(sequence, drafted, len(tokens) - 1)
         computed = work.count - drafted + len(tokens) - 1
-        sequence.draft, sequence.draft_probs = [], None
+        if drafted:
+            if self.speculation is not None:
+                self.speculation.verified(sequence, drafted, len(tokens) - 1)
+            sequence.draft, sequence.draft_probs = [], None
         if sequence.pending_samples:
             self._split(sequence, computed, row, logits, outputs)
             computed = 0
-        self._append(sequence, tokens, computed, logits, row, outputs)
+        try:
+            self._append(sequence, tokens, computed, logits, row, outputs)
+        except Exception as error:  # a constraint or a tokenizer: no other request's business
+            self._fail(sequence, error, outputs)
 
     def _split(self, first: SequenceState, computed: int, row: int, logits: Tensor, outputs: list[Output]) -> None:
         """The other samples of a prompt begin from the logits that the first one has."""
@@ -379,6 +386,10 @@ class Engine:
     ) -> None:
         request, output = sequence.request, Output(sequence.request_id, sequence.sample, [])
         reason: FinishReason | None = None
+        if len(tokens) == 1 and self._goes_on(sequence, tokens[0]):  # nearly always, and worth being quick
+            sequence.ids.append(tokens[0])
+            output.token_ids.append(tokens[0])
+            tokens = []
         for index, token in enumerate(tokens):
             if token in request.end_tokens or token in request.stop_tokens:
                 reason = FinishReason.EOS if token in request.end_tokens else FinishReason.STOP
@@ -394,12 +405,25 @@ class Engine:
             if reason is not None:
                 break
         self.stats.new_tokens += len(output.token_ids)
-        self.scheduler.served[request.client] += len(tokens)
+        self.scheduler.served[request.client] += len(output.token_ids)
         self.scheduler.computed(sequence, min(computed, len(sequence.ids) - sequence.num_computed))
         if reason is None:
             outputs.append(output)
         else:
             self._finish(sequence, reason, outputs, output)
+
+    def _goes_on(self, sequence: SequenceState, token: int) -> bool:
+        """Whether a token is simply one more: no text, constraint or log-probability is wanted, and nothing ends."""
+        request, length = sequence.request, len(sequence.ids) + 1
+        return (
+            sequence.text is None
+            and sequence.constraint is None
+            and request.logprobs is None
+            and length - sequence.prompt_length < request.max_new_tokens
+            and length <= self.model.max_length
+            and token not in request.end_tokens
+            and token not in request.stop_tokens
+        )
 
     def _reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
         """Whether the token that was just added ends its sequence."""

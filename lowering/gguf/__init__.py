@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from irc.lowering.gguf.export import Exported, export_gguf
+from irc.lowering.gguf.export import Exported, export_gguf, importance_matrix
+from irc.lowering.gguf.imatrix import ImportanceMatrix
 from irc.lowering.gguf.importing import from_gguf
 from irc.lowering.gguf.target import GgufArtifact, GgufOptions, GgufTarget
 
-__all__ = ["Exported", "GgufArtifact", "GgufOptions", "GgufTarget", "export_gguf", "from_gguf"]
+__all__ = [
+    "Exported",
+    "GgufArtifact",
+    "GgufOptions",
+    "GgufTarget",
+    "ImportanceMatrix",
+    "export_gguf",
+    "from_gguf",
+    "importance_matrix",
+]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from irc.core.contract import Progress
-from irc.core.errors import OptionError, TargetError
+from irc.core.errors import OptionError
 from irc.core.program import VAL, Program
 from irc.lowering.gguf.describe import describe
 from irc.lowering.gguf.description import Experts
 from irc.lowering.gguf.encode import num_bytes, stored_kind
+from irc.lowering.gguf.imatrix import ImportanceMatrix, checked, collect_importance, open_importance
 from irc.lowering.gguf.layout import Layout, lay_out
 from irc.lowering.gguf.match import find_architecture
 from irc.lowering.gguf.mixes import FLOATS, MIXES, Place, choose_type, mix_name
@@ -88,12 +89,23 @@ def export_gguf(
     values |= layout.metadata
     values |= _vocabulary(tokenizer, chat_template, model.vocabulary, layout, metadata or {})
     values |= metadata or {}
-    importance = _importance(imatrix, layout, chosen)
+    importance = _importance(imatrix, chosen)
     target = Path(path)
     write_file(target, entry.name, values, program, chosen, importance, progress)
     total = sum(num_bytes(tensor.shape, kind) for tensor, kind in chosen)
     lossy = any(_is_lossy(program, tensor, kind) for tensor, kind in chosen)
     return Exported(target, entry.name, {t.name: kind for t, kind in chosen}, total, lossy, layout.notes)
+
+
+def importance_matrix(program: Program, calibration: Any) -> ImportanceMatrix:
+    """What the columns of a program's matrices are multiplied by on calibration data (`CalibrationData`).
+
+    Raises:
+        TargetError: the program matches no architecture, so its tensors have no names.
+    """
+    model = describe(program)
+    layout = lay_out(program, model, find_architecture(model))
+    return collect_importance(program, layout, calibration.batches, description=calibration.description)
 
 
 def _plain_type(text: str) -> str:
@@ -172,7 +184,7 @@ def _vocabulary(
     return tokenizer_metadata(tokenizer, size, chat_template=chat_template, pre=None if pre is None else str(pre))
 
 
-def _importance(imatrix: Any, layout: Layout, chosen: list[tuple[FileTensor, str]]) -> dict[str, Any] | None:
+def _importance(imatrix: Any, chosen: list[tuple[FileTensor, str]]) -> dict[str, Any] | None:
     if imatrix is None:
         return None
-    raise TargetError("importance matrices are not used yet")
+    return checked(open_importance(imatrix), {tensor.name: tensor.shape for tensor, _ in chosen})

@@ -53,16 +53,16 @@ def tokenizer_metadata(
     inner, text = _open(tokenizer)
     description = json.loads(text)
     model = description.get("model") or {}
-    tokens, types = _tokens(description, vocabulary)
     kind = model.get("type")
+    if kind not in ("BPE", "WordPiece"):
+        raise TargetError(f"tokenizers of type {kind!r} are not written yet: irc writes BPE and WordPiece")
+    tokens, types = _tokens(description, vocabulary)
     if kind == "BPE" and not model.get("byte_fallback"):
         values = _byte_level(description, model, pre)
     elif kind == "BPE":
         values = _sentence_piece(model, tokens)
-    elif kind == "WordPiece":
-        tokens, values = _word_piece(model, tokens, types)
     else:
-        raise TargetError(f"tokenizers of type {kind!r} are not written yet: irc writes BPE and WordPiece")
+        tokens, values = _word_piece(model, tokens, types)
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     values |= _special(tokenizer, inner, tokens if kind != "WordPiece" else [t.lstrip(_SPACE) for t in tokens])
     template = chat_template or getattr(tokenizer, "chat_template", None)

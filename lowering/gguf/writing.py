@@ -82,6 +82,23 @@ def write_file(
             writer.close()
 
 
+def write_arrays(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Write a GGUF file of f32 tensors without an architecture (an importance matrix)."""
+    import gguf
+
+    with _aside(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "imatrix")
+        writer.kv_data[0].pop("general.architecture", None)
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
 def _ggml_name(kind: str) -> str:
     """`q4_k` → `Q4_K`."""
     return kind.upper()

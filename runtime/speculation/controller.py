@@ -13,9 +13,7 @@ Source: Leviathan, Kalman and Matias 2023, section 3 (expected number of tokens 
 from __future__ import annotations
 
 import bisect
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from irc.runtime.requests import SequenceState
@@ -164,12 +162,9 @@ class Controller:
         nearest = min(self.draft_times.seen, key=lambda known: abs(known - length))
         return self.draft_times.seen[nearest] * length / nearest
 
-    @contextmanager
-    def timed_draft(self, length: int, batch: int) -> Iterator[None]:
-        """Measures a draft of `length` tokens."""
-        started = time.perf_counter()
-        yield
-        self.draft_times.add(length, (time.perf_counter() - started) * 1e3)
+    def measured_draft(self, length: int, ms: float) -> None:
+        """A draft of so many tokens took so long."""
+        self.draft_times.add(length, ms)
 
     def measured(self, num_tokens: int, ms: float) -> None:
         """A step over so many tokens took so long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from irc.runtime.requests import SequenceState
 from irc.runtime.speculation.controller import Controller
+
+_CATCHING_UP = 16
+"""Tokens since its last draft beyond which a sequence's next one costs more than usual."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Speculation:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     _guessed: int = 0
     _batch: int = 0
+    _drafted_at: dict[SequenceState, int] = field(default_factory=dict)
 
     def propose(self, sequences: Sequence[SequenceState], max_length: int) -> None:
         """Set the drafts of the sequences that decode in the next step."""
@@ -80,8 +85,13 @@ class Speculation:
             if min(length, room) > 0:
                 asked.append((sequence, min(length, room)))
         if asked:
-            with self.controller.timed_draft(max(n for _, n in asked), len(asked)):
-                proposals = self.proposer.propose([s for s, _ in asked], [n for _, n in asked])
+            # The first draft of a sequence reads its whole prompt: that is no measure of the next ones.
+            steady = all(len(s.ids) - self._drafted_at.get(s, 0) <= _CATCHING_UP for s, _ in asked)
+            started = time.perf_counter()
+            proposals = self.proposer.propose([s for s, _ in asked], [n for _, n in asked])
+            if steady:
+                self.controller.measured_draft(max(n for _, n in asked), (time.perf_counter() - started) * 1e3)
+            self._drafted_at.update((s, len(s.ids)) for s, _ in asked)
             for (sequence, length), proposal in zip(asked, proposals, strict=True):
                 sequence.draft = proposal.tokens[:length]
                 probabilities = proposal.probabilities
@@ -103,5 +113,6 @@ class Speculation:
 
     def forget(self, sequence: SequenceState) -> None:
         """The sequence has ended."""
+        self._drafted_at.pop(sequence, None)
         self.proposer.forget(sequence)
         self.controller.forget(sequence)

@@ -100,7 +100,24 @@ def tokenize(model, text):
     return list(buffer[:count])
 
 
+def quantize(job, folder):
+    """Blocks of llama.cpp's own quantizers, of numbers [n, K]."""
+    values = np.load(job["quantize"]).astype(np.float32)
+    call = cpp.llama_cpp._lib.ggml_quantize_chunk
+    call.restype = ctypes.c_size_t
+    call.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
+    ]  # fmt: skip
+    for name, number in job["types"].items():
+        buffer = np.zeros(values.size * 4, dtype=np.uint8)
+        count = call(number, values.ctypes.data, buffer.ctypes.data, 0, len(values), values.shape[1], None)
+        np.save(folder / f"{name}.npy", buffer[:count].reshape(len(values), -1))
+    return {}
+
+
 def run(job, folder):
+    if "quantize" in job:
+        return quantize(job, folder)
     path = job["path"]
     length = max([len(job.get("tokens", [])) + job.get("greedy", 0), *(len(w) for w in job.get("windows", []))])
     encoder = job.get("encoder", False)

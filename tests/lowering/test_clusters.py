@@ -14,6 +14,7 @@ from tests.lowering.clusters import random_program
 
 CPU = get_target("cpu")
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler (g++ or clang++)")
+FLAGS = ("-O1", *os.environ.get("IRC_FUZZ_FLAGS", "").split())
 FIRST, COUNT = int(os.environ.get("IRC_FUZZ_FIRST", "0")), int(os.environ.get("IRC_FUZZ_COUNT", "6"))
 
 
@@ -25,7 +26,7 @@ def test_random_clusters(seed: int) -> None:
         pytest.skip(f"cannot be captured: {str(error).splitlines()[0]}")
     coverage = CPU.check(program)
     assert coverage.complete, str(coverage)
-    artifact = CPU.lower(program, {"threads": 2, "flags": ("-O1",)})
+    artifact = CPU.lower(program, {"threads": 2, "flags": FLAGS})
     batches = (x.shape[0], 1, 4) if program.dims else (x.shape[0],)
     for batch in batches:
         inputs = [torch.randn(batch, *v.shape[1:], generator=torch.Generator().manual_seed(seed)) for v in (x, y)]

@@ -99,3 +99,21 @@ def test_wrong_requests() -> None:
 def test_missing_provider_is_said_to_be_missing() -> None:
     with pytest.raises(TargetError, match=r"has no TensorrtExecutionProvider; it has .*CPU"):
         ONNX.load(lowered("cnn").path, {"providers": ["TensorrtExecutionProvider"]})  # type: ignore[attr-defined]
+
+
+def test_an_export_that_dies_leaves_nothing(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("irc.lowering.onnx.artifact.os.replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        lowered("cnn").save(tmp_path / "cnn.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_lie_beside_the_model(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("irc.lowering.onnx.artifact._EXTERNAL_BYTES", 100)
+    path = lowered("cnn").save(tmp_path / "cnn.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cnn.onnx", "cnn.onnx.data"]
+    check = ONNX.load(path).verify(steps.cnn())
+    assert check.passed, str(check)

@@ -352,17 +352,18 @@ def test_a_stopping_server_finishes_what_runs() -> None:
 
 
 class Unlucky:
-    """The tiny model, whose step raises when told to."""
+    """The tiny model, whose steps raise when told to."""
 
-    def __init__(self, inner: PagedModel) -> None:
-        self._inner, self.errors = inner, list[BaseException]()
+    def __init__(self, inner: PagedModel, errors: dict[int, BaseException]) -> None:
+        self._inner, self._errors, self._count = inner, errors, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def paged_step(self, pages: Any, inputs: Any) -> torch.Tensor:
-        if self.errors:
-            raise self.errors.pop()
+        self._count += 1
+        if self._count in self._errors:
+            raise self._errors[self._count]
         return self._inner.paged_step(pages, inputs)
 
 
@@ -376,15 +377,13 @@ async def tokens_of(engine: AsyncEngine, request: Request) -> tuple[list[int], F
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_killed_worker_loses_no_request() -> None:
-    model = Unlucky(compiled().paged_model())
+    model = Unlucky(compiled().paged_model(), {5: SystemExit("killed")})
     engine = AsyncEngine(Engine(model, EngineOptions()))  # type: ignore[arg-type]
     requests = [Request(prompt=[1, 2, n], max_new_tokens=12) for n in range(4)]
 
     async def run() -> list[tuple[list[int], FinishReason | None]]:
         engine.start()
         tasks = [asyncio.create_task(tokens_of(engine, request)) for request in requests]
-        await asyncio.sleep(0.02)
-        model.errors.append(SystemExit("killed"))
         made = await asyncio.gather(*tasks)
         await engine.close(timeout=10)
         return list(made)

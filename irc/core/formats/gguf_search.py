@@ -14,33 +14,46 @@ import torch
 from torch import Tensor
 
 
-def search_q2_k(x: Tensor) -> tuple[Tensor, ...]:
+def search_q2_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
     groups = x.unflatten(-1, (16, 16))
     trials = [-0.5 + 0.1 * i for i in range(16)]
-    return _with_minima(groups, groups.abs(), high=3, unit=15, trials=trials)
+    weights = groups.abs() if importance is None else _weighted(groups, importance)
+    return _with_minima(groups, weights, high=3, unit=15, trials=trials)
 
 
-def search_q4_k(x: Tensor) -> tuple[Tensor, ...]:
+def search_q4_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
     groups = x.unflatten(-1, (8, 32))
-    return _with_minima(groups, _importance(groups), high=15, unit=63, trials=[-1 + 0.1 * i for i in range(21)])
+    weights = _importance(groups) if importance is None else _weighted(groups, importance)
+    return _with_minima(groups, weights, high=15, unit=63, trials=[-1 + 0.1 * i for i in range(21)])
 
 
-def search_q5_k(x: Tensor) -> tuple[Tensor, ...]:
+def search_q5_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
     groups = x.unflatten(-1, (8, 32))
-    return _with_minima(groups, _importance(groups), high=31, unit=63, trials=[-0.5 + 0.1 * i for i in range(16)])
+    weights = _importance(groups) if importance is None else _weighted(groups, importance)
+    return _with_minima(groups, weights, high=31, unit=63, trials=[-0.5 + 0.1 * i for i in range(16)])
 
 
-def search_q3_k(x: Tensor) -> tuple[Tensor, ...]:
-    return _centred(x.unflatten(-1, (16, 16)), half=4, unit=32)
+def search_q3_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+    groups = x.unflatten(-1, (16, 16))
+    weights = groups.square() if importance is None else _weighted(groups, importance)
+    return _centred(groups, weights, half=4, unit=32)
 
 
-def search_q6_k(x: Tensor) -> tuple[Tensor, ...]:
-    return _centred(x.unflatten(-1, (16, 16)), half=32, unit=128)
+def search_q6_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+    groups = x.unflatten(-1, (16, 16))
+    weights = groups.square() if importance is None else _weighted(groups, importance)
+    return _centred(groups, weights, half=32, unit=128)
 
 
 def _importance(groups: Tensor) -> Tensor:
     """A number's own size over the group's typical size, so that small numbers count too."""
     return groups.square().mean(-1, keepdim=True).sqrt() + groups.abs()
+
+
+def _weighted(groups: Tensor, importance: Tensor) -> Tensor:
+    """What errors count where each column's inputs are known: their mean square, times the number's own size."""
+    spread = groups.square().mean((-1, -2), keepdim=True)
+    return importance.unflatten(-1, groups.shape[-2:]).to(groups.dtype) * (spread + groups.square()).sqrt()
 
 
 def _with_minima(
@@ -89,9 +102,9 @@ def _error(groups: Tensor, weights: Tensor, codes: Tensor, scale: Tensor, offset
     return ((codes * scale + offset - groups).square_() * weights).sum(-1, keepdim=True)
 
 
-def _centred(groups: Tensor, *, half: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+def _centred(groups: Tensor, weights: Tensor, *, half: int, unit: int) -> tuple[Tensor, Tensor, Tensor]:
     """(integers, scales, d) with number = d * scale * integer, integers from -half to half - 1."""
-    scale = _centred_search(groups, half).squeeze(-1)
+    scale = _centred_search(groups, weights, half).squeeze(-1)
     # The lowest unit has no positive twin: the scale of largest magnitude takes it.
     largest = scale.gather(-1, scale.abs().argmax(-1, keepdim=True))
     d = _as_half(largest / -unit)
@@ -100,9 +113,8 @@ def _centred(groups: Tensor, *, half: int, unit: int) -> tuple[Tensor, Tensor, T
     return integers.flatten(-2), scales, d
 
 
-def _centred_search(groups: Tensor, half: int) -> Tensor:
-    """The scale of each group with least error, weighted by the numbers' squares; it may be negative."""
-    weights = groups.square()
+def _centred_search(groups: Tensor, weights: Tensor, half: int) -> Tensor:
+    """The scale of each group with least weighted error; it may be negative."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     best_scale = torch.zeros_like(largest)
     best = torch.zeros_like(largest)
