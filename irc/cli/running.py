@@ -67,10 +67,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
     passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
     verify: VerifyOption = Verify.OFF,
 ) -> None:
-    """Generate text from prompts with the reference target.
+    """Generate text from prompts.
 
     Examples:
 
@@ -85,7 +86,7 @@ def generate(
     if loaded.tokenizer is None:
         raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
     compiled = compile_model(
-        loaded.model, passes=passes, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
+        loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer,
     )  # fmt: skip
     streaming = len(prompt) == 1
