@@ -267,8 +267,10 @@ inline void few(Worker& worker, const Arguments& arguments, uint8_t* scratch, Ep
         const int64_t b = unit / plan.row_blocks / arguments.kv_heads;
         const int64_t end = min_of(rows, (block + 1) * plan.per_block);
         // Everything before the first key that any query sees belongs to the first part.
-        const int64_t first = plan.first + split * plan.keys_a_split;
-        const KeyRange keys{split == 0 ? 0 : first, split + 1 == plan.splits ? arguments.length : first + plan.keys_a_split};
+        // As parts are whole blocks of keys, the last ones may be empty.
+        const int64_t first = min_of(arguments.length, plan.first + split * plan.keys_a_split);
+        const int64_t last = split + 1 == plan.splits ? arguments.length : first + plan.keys_a_split;
+        const KeyRange keys{split == 0 ? 0 : first, min_of(arguments.length, last)};
         State state;
         for (int64_t row = block * plan.per_block; row < end;) {
             int64_t count = end - row;
