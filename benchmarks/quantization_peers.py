@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compile_time import peak_bytes
 from quantization_accuracy import LENGTH, METHODS, PAGE, perplexity
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from workers.peer_quantizers import forget_peak, memory_bytes
 
 import irc
 from irc.core.calibration import CALIBRATION_KEY
@@ -43,8 +43,8 @@ from irc.view.sections import write_section
 
 WORKER = Path(__file__).parent / "workers" / "peer_quantizers.py"
 REQUIREMENTS = ("torch==2.13.0", "llmcompressor", "torchao", "transformers", "datasets")
-FORMATS = {"4 bits, group 32": (4, 32), "4 bits, per channel": (4, None), "3 bits, group 32": (3, 32),
-           "8 bits, per channel": (8, None)}  # fmt: skip
+FORMATS = {"4 bits, group 32": (4, 32), "8 bits, per channel": (8, None), "3 bits, group 32": (3, 32),
+           "4 bits, per channel": (4, None)}  # fmt: skip
 # Beside each of ours stands the peer's method of the same name.
 PAIRS = {
     "RTN": ("irc-RTN", "torchao-rtn", "llmcompressor-rtn"),
@@ -95,10 +95,10 @@ def run_irc(method: str, tokens_file: Path, bits: int, group: int | None, out: P
     program = capture()
     data = irc.CalibrationData.of(load_file(tokens_file)["tokens"], batch_size=1)
     ctx = irc.PassContext(options={CALIBRATION_KEY: data})
-    base, started = peak_bytes(), time.perf_counter()
+    base, started = forget_peak(), time.perf_counter()
     passes = METHODS[method](bits=bits, group_size=group)
     result = irc.PassManager(passes, verify="off", ctx=ctx, keep_stages=False).run(program)
-    figures = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes() - base}
+    figures = {"seconds": time.perf_counter() - started, "peak_bytes": memory_bytes("VmHWM") - base}
     result.program.save(out / "program")
     (out / "figures.json").write_text(json.dumps(figures))
 
@@ -155,6 +155,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 held-out windows, 8 to calibrate, one format")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="only this one; may be given several times")
     parser.add_argument("--environment", type=Path, default=None, help="folder of the peers' environment")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
@@ -165,18 +166,20 @@ def main() -> None:
         (text + END_OF_TEXT for text in read_documents("train")), tokenizer=tokenizer, length=LENGTH, count=count
     )
     program = capture()
+    full = perplexity(program, held_out)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         python = make_environment(args.environment or folder / "environment")
         save_file({"tokens": torch.cat([batch[0] for batch in data.batches])}, folder / "tokens.safetensors")
         write_llama(folder / "llama")
-        labels = list(FORMATS)[:1] if args.quick else list(FORMATS)
+        labels = args.format or list(FORMATS)[: 1 if args.quick else None]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for label in progress.track(labels, description="formats"):
                 methods = [m for name, pair in PAIRS.items() if name == "RTN" or FORMATS[label][0] < 8 for m in pair]
                 found[label] = measure(methods, label, python, folder, program, held_out)
-    full = perplexity(program, held_out)
+                if not args.quick:  # as they come: the peers' AWQ takes minutes a format
+                    write_section(PAGE, "peers", section(full, found, count))
     table = Table("format", "method", "perplexity", "loss", "s", "peak MB", title=f"full precision: {full:.4f}")
     for label, rows in found.items():
         for method, row in rows.items():
@@ -185,7 +188,6 @@ def main() -> None:
         table.add_section()
     Console().print(table)
     if not args.quick:
-        write_section(PAGE, "peers", section(full, found, count))
         print(f"→ {PAGE}", file=sys.stderr)
     if args.json:
         print(json.dumps({"full_precision": full, "formats": found}))
