@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 import torch.fx as fx
 
-from irc.core.contract import Pass, PassContext, PassResult, Preserves, Skip, register_pass
+from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.errors import OptionError
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
@@ -56,6 +56,35 @@ class DropLayers(Pass):
         if count and len(self.numbers()) == count:
             return [f"all {count} layers would be dropped"]
         return []
+
+    def ensures(self, before: Program, result: PassResult) -> list[Finding]:
+        """What is left reads what it read before, or the stream where an addition is gone; nothing else changed."""
+        left = {node.name: node for node in result.program.graph.nodes}
+        layers = find_layers(before)
+        gone = {
+            addition.name: stream.name
+            for number in self.numbers()
+            for addition, stream in layers[number]
+            if addition.name not in left
+        }
+
+        def resolved(node: fx.Node) -> str:
+            name = node.name
+            while name in gone:
+                name = gone[name]
+            return name
+
+        findings = []
+        old = {node.name: node for node in before.graph.nodes}
+        for name, node in left.items():
+            was = old.get(name)
+            if was is None or was.target != node.target:
+                findings.append(Finding(name, "is no operation of the program before"))
+                continue
+            expected = fx.map_arg((was.args, was.kwargs), resolved)
+            if fx.map_arg((node.args, node.kwargs), lambda used: used.name) != expected:
+                findings.append(Finding(name, "reads something else than before, beyond the dropped additions"))
+        return findings
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         matches, skips = 0, list[Skip]()

@@ -170,6 +170,11 @@ def swap_halves(program: Program, new: list[fx.Node]) -> fx.Node:
     return a
 
 
+def forget_mask(program: Program, new: list[fx.Node]) -> fx.Node:
+    """An operation that the pass had no business with."""
+    return set_keyword("attention", mask="full")(program, list(program.graph.nodes))
+
+
 # ---------------------------------------------------------------- models that a pass has work on
 
 
@@ -303,6 +308,7 @@ CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
     "fuse-activation": (pieces(canonical=True), {}, set_keyword("linear_activation", activation="gelu")),
     "merge-qkv": (of_zoo("llama"), {}, swap_halves),
     "merge-gate-up": (of_zoo("llama"), {}, swap_halves),
+    "drop-layers": (of_zoo("llama"), {"layers": "0"}, forget_mask),
     "substitute-flash-attention: mask": (of_zoo("llama"), {}, set_keyword("flash_attention", mask="full")),
     "substitute-flash-attention: window": (
         of_zoo("mistral"),
