@@ -263,19 +263,20 @@ def _centred_search(x: Tensor, weights: Tensor, half: int) -> tuple[Tensor, Tens
     """Scale and integers of each group with least weighted error; the scale may be negative."""
     largest = _largest(x)
     products = weights * x
-    scale = best = chosen = None
-    for number in _numbers(0.0, 0.1, [0, *range(-9, 0), *range(1, 10)], half):
+
+    def fit(number: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         integers = (_over(-number, largest) * x).round_().clamp_(-half, half - 1)
         sum_xq, sum_qq = _sum(products * integers), _sum(weights * integers * integers)
-        slope = torch.where(sum_qq == 0, 0, sum_xq / sum_qq)
-        if scale is None or best is None or chosen is None:
-            scale, best, chosen = slope, slope * sum_xq, integers
-            continue
+        return integers, sum_xq, sum_qq, torch.where(sum_qq == 0, 0, sum_xq / sum_qq)
+
+    chosen, sum_xq, _, scale = fit(float(half))
+    best = scale * sum_xq
+    for number in _numbers(0.0, 0.1, [*range(-9, 0), *range(1, 10)], half):
+        integers, sum_xq, sum_qq, slope = fit(number)
         # What a fit explains of the weighted squares: most is best.
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
         scale, best = torch.where(better, slope, scale), torch.where(better, slope * sum_xq, best)
         chosen = torch.where(better, integers, chosen)
-    assert scale is not None and chosen is not None
     empty = largest.abs() < _TINY
     return torch.where(empty, 0, scale), torch.where(empty, -half, chosen)
 

@@ -20,7 +20,7 @@ _BYTES = {
 
 
 def numbers() -> torch.Tensor:
-    """f32 [20, 1024] out of exact integers: the same everywhere; with zeros, flat, one-sided, huge and tiny stretches."""
+    """f32 [20, 1024] of exact integers, the same everywhere; with zeros, flat, one-sided, huge and tiny stretches."""
     state = torch.arange(20 * 1024, dtype=torch.int64)
     mixed = (state * 2654435761 + 12345) % 65521
     x = ((mixed * mixed % 65521).float() - 32760).view(20, 1024) * 2.0**-20
