@@ -25,6 +25,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.calibration import CalibrationData
+from irc.core.errors import IrcError
 from irc.core.program import Program
 from irc.core.storage import load, save
 from irc.lowering.gguf import export_gguf, importance_matrix
@@ -122,15 +123,19 @@ class Check:
         programs = {name: self.program(name, lambda name=name: models.program(name)) for name in names}  # type: ignore[misc]
         jobs, found = {}, {}
         for name, program in programs.items():
-            found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
+            try:
+                found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
+            except IrcError as error:
+                self.problems.append(f"{name}: {error}")
+                continue
             tokens = torch.randint(4, 64, (5,), generator=torch.Generator().manual_seed(0)).tolist()
             jobs[name] = {"path": str(found[name].path), "tokens": tokens, "encoder": name in models.ENCODERS}
             if name not in models.ENCODERS:
                 jobs[name]["greedy"] = self.length(found[name].path)
         answers, out = self.run(jobs)
         rows = [
-            self.architecture_row(name, found[name].architecture, program, jobs[name], answers[name], out)
-            for name, program in programs.items()
+            self.architecture_row(name, found[name].architecture, programs[name], jobs[name], answers[name], out)
+            for name in found
         ]
         head = "| model | architecture | largest error of the logits | greedy tokens |\n| --- | --- | --- | --- |\n"
         return _ARCHITECTURES + head + "\n".join(filter(None, rows))

@@ -10,7 +10,7 @@ from irc.core.program import Program
 
 ZOO = (
     "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "phi3", "gpt2", "gpt-neox", "falcon", "stablelm", "olmo2",
-    "granite", "phi", "gemma3", "bert",
+    "granite", "phi", "gemma3",
 )  # fmt: skip
 HAND_WRITTEN = ("odd", "plain", "pruned")
 # Encoders: llama.cpp gives hidden states, and there is nothing to generate.
@@ -25,6 +25,7 @@ _FALCON = {
     "max_position_embeddings": 64, "bias": False,
 }  # fmt: skip
 EXTRA: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertModel", "BertConfig", _SMALL),
     "mixtral, no window": (
         "MixtralForCausalLM", "MixtralConfig", _SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
@@ -65,7 +66,8 @@ def _extra(name: str) -> Program:
 
     model, config, options = EXTRA[name]
     torch.manual_seed(0)
-    built = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    more = {"add_pooling_layer": False} if model == "BertModel" else {}
+    built = getattr(transformers, model)(getattr(transformers, config)(**options), **more).eval()
     with torch.no_grad():
         for parameter in built.parameters():  # norms at 1 and biases at 0 would hide a dropped one
             if parameter.ndim == 1:
