@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import irc
 from irc.core.program import Program
 from irc.core.target import get_target
+from irc.lowering.onnx.export import quiet
 from tests.lowering import steps
 
 QUANTIZED = "quantize-weights{bits=4,group-size=16},insert-kv-cache{max-length=32}"
@@ -122,3 +123,35 @@ def test_an_operator_computes_what_the_runtime_does(case: str, tmp_path: Path) -
     read = irc.from_onnx(path, example_inputs=tuple(torch.from_numpy(value) for value in inputs.values()))
     found = read.run(*(torch.from_numpy(value) for value in inputs.values()))
     assert torch.allclose(found[0], torch.from_numpy(expected[0]), atol=1e-5)
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def test_a_bert_of_transformers_comes_back(tmp_path: Path) -> None:
+    model, path = bert(), tmp_path / "bert.onnx"
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    example = (steps.tokens(2, 7), torch.ones(2, 7, dtype=torch.int64), torch.zeros(2, 7, dtype=torch.int64))
+    with quiet():
+        torch.onnx.export(
+            model, example, path, dynamo=True, input_names=list(names), external_data=False,
+            dynamic_shapes={name: {0: "batch", 1: "length"} for name in names},
+        )  # fmt: skip
+    read = irc.from_onnx(path)
+    assert read.input_names == list(names)
+    found = ops(read)
+    assert (found["irc.attention"], found["aten.layer_norm"], found["aten.linear"]) == (2, 5, 14)
+    for batch, length in ((1, 1), (3, 9)):
+        ids, mask = steps.tokens(batch, length), torch.ones(batch, length, dtype=torch.int64)
+        mask[0, max(1, length - 2) :] = 0
+        with torch.no_grad():
+            expected = model(ids, mask, torch.zeros_like(ids)).logits
+        assert torch.allclose(read.run(ids, mask, torch.zeros_like(ids))[0], expected, atol=1e-5)

@@ -140,7 +140,7 @@ def blocks(stored: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bloc
     if zeros is None:
         form = QuantFormat(bits, group_size=block)
         stored = stored if bits == 4 else (stored.to(torch.int16) - 128).to(torch.int8)
-        return torch.ops.irc.dequantize(stored, scales, format=str(form))
+        return torch.ops.irc.dequantize(stored, scales, None, format=str(form))
     if bits == 4:
         packed = zeros.reshape(rows, -1)
         zeros = torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :count]
