@@ -9,7 +9,8 @@ import sympy
 
 from irc.core.program import Program
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
-from irc.lowering.cpp.printer import PrintedFunction, print_kernel
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_kernel
 from irc.lowering.cpu.memory import ALIGNMENT, Plan, touched
 from irc.lowering.cpu.sites.registry import print_template
 from irc.lowering.cpu.weights import WeightBlock
