@@ -55,7 +55,7 @@ class Meter:
 
     def __init__(self, threads: int) -> None:
         self.num_bytes = max(512 << 20, 8 * last_level_cache())
-        self._memory = mmap.mmap(-1, self.num_bytes)
+        self._memory = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         # Written once: pages that were never written are all one page of zeros, which the cache holds.

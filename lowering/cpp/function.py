@@ -46,8 +46,8 @@ class PrintedFunction:
         parameters = [*self.parameters, *(f"int64_t {size.name}" for size in self.sizes)]
         return f"{comment}void {name}(irc::Worker& worker, {', '.join(parameters)}) {{\n{self.body}}}\n"
 
-    def call(self, name: str, arguments: Sequence[str]) -> str:
-        return f"{name}(worker, {', '.join((*arguments, *(size.name for size in self.sizes)))});"
+    def call(self, name: str, arguments: Sequence[str], worker: str = "worker") -> str:
+        return f"{name}({worker}, {', '.join((*arguments, *(size.name for size in self.sizes)))});"
 
 
 @dataclass(frozen=True)
