@@ -12,6 +12,7 @@ a hundredth of the size, one round. Weights that both wrote are compared byte fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -100,9 +101,13 @@ def equal_tensors(ours: Path, theirs: Path) -> str:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     name = "quick" if given.quick else "1.1B"
-    with tempfile.TemporaryDirectory(prefix="irc-bench-", dir=given.scratch) as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = given.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="irc-bench-"))
         folder = Path(scratch)
-        made = json.loads(step("make", json.dumps(SHAPES[name]), scratch)[1].splitlines()[-1])
+        folder.mkdir(exist_ok=True)
+        if not (folder / "made.json").exists():
+            (folder / "made.json").write_text(step("make", json.dumps(SHAPES[name]), scratch)[1].splitlines()[-1])
+        made = json.loads((folder / "made.json").read_text())
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         mine: list[Step] = []
         theirs: list[list[Step]] = []
@@ -150,7 +155,9 @@ def main() -> None:
     parser.add_argument("--llama-cpp", help="llama.cpp's sources, with convert_hf_to_gguf.py; default: irc alone")
     parser.add_argument("--quantizer-python", default=sys.executable, help="a Python with llama-cpp-python")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--scratch", help="a folder for 8 GB of files")
+    parser.add_argument(
+        "--folder", help="where the model (8 GB) is made, and kept for further runs; default: a temporary"
+    )
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
     found = run(given)
