@@ -7,6 +7,7 @@ those inputs: positions are counted back from the sum of the mask.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.fx as fx
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
 from irc.core.program import VAL, Program
+from irc.lowering.onnx.artifact import INTERFACE, METADATA
 
 PAST = ("past_key_values.%d.key", "past_key_values.%d.value")
 PRESENT = ("present.%d.key", "present.%d.value")
@@ -74,6 +76,9 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
     logits = graph.outputs[0]
     logits.shape = ir.Shape([ids.shape[0], ids.shape[1], logits.shape[2]])  # type: ignore[index]
     ids.name, logits.name = "input_ids", "logits"
+    # What is said about the caches is about a step's inputs; who reads the file should know that these are others.
+    described = json.loads(model.metadata_props[METADATA])
+    model.metadata_props[METADATA] = json.dumps(described | {INTERFACE: "onnxruntime-genai"})
 
 
 def _replace(values: Any, new: Sequence[ir.Value]) -> None:

@@ -53,7 +53,8 @@ def test_a_genai_folder_comes_back(tmp_path: Path) -> None:
     for batch, past, new in ((1, 0, 4), (2, 3, 1), (3, 6, 5)):
         caches = [torch.randn(batch, 4, past, 8, generator=generator) for _ in range(2)]
         feeds = [steps.tokens(batch, new), torch.ones(batch, past + new, dtype=torch.int64), *caches]
-        expected = session.run(None, dict(zip(read.input_names, (t.numpy() for t in feeds), strict=True)))
+        names = [value.name for value in session.get_inputs()]
+        expected = session.run(None, dict(zip(names, (t.numpy() for t in feeds), strict=True)))
         for ours, theirs in zip(read.run(*feeds), expected, strict=True):
             assert torch.allclose(ours, torch.from_numpy(theirs), atol=2e-5)
 
@@ -148,7 +149,7 @@ def test_a_bert_of_transformers_comes_back(tmp_path: Path) -> None:
     read = irc.from_onnx(path)
     assert read.input_names == list(names)
     found = ops(read)
-    assert (found["irc.attention"], found["aten.layer_norm"], found["aten.linear"]) == (2, 5, 14)
+    assert (found["aten.layer_norm"], found["aten.gelu"], found["aten.linear"]) == (5, 2, 14)
     for batch, length in ((1, 1), (3, 9)):
         ids, mask = steps.tokens(batch, length), torch.ones(batch, length, dtype=torch.int64)
         mask[0, max(1, length - 2) :] = 0

@@ -152,7 +152,7 @@ def _restore_cache(program: Program, model: Any) -> None:
         return
     try:
         found = json.loads(text)
-        entry = found.get(METADATA_KEY) if isinstance(found, Mapping) else None
+        entry = found.get(METADATA_KEY) if isinstance(found, Mapping) and "interface" not in found else None
         aliases = {int(k): int(v) for k, v in found.get("aliases", {}).items()} if entry else {}
         cache = KVCache.from_metadata({METADATA_KEY: entry}) if entry else None
     except (ValueError, TypeError, AttributeError, RecursionError, IrcError) as error:

@@ -245,6 +245,15 @@ def gather_elements(call: Call) -> Tensor:
     return call.tensor(0).gather(call.attribute("axis", 0), call.tensor(1).long())
 
 
+@operator("GatherND")
+def gather_nd(call: Call) -> Tensor:
+    """The place, or slice, that each row of the index names."""
+    x, index = call.tensor(0), call.tensor(1).long()
+    if call.attribute("batch_dims", 0):
+        raise CaptureError(f"GatherND {call.name!r}: batch_dims is not read")
+    return x[tuple(index.unbind(-1))]
+
+
 @operator("ScatterElements")
 def scatter_elements(call: Call) -> Tensor:
     """Elements written where the index says."""
