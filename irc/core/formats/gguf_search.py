@@ -34,7 +34,7 @@ class _Affine(NamedTuple):
     unit: int
     first: float
     step: float
-    count: int
+    trials: int
     absolute: bool = False  # errors count by size, not squared
 
 
@@ -60,7 +60,7 @@ def _of_32(x: Tensor, importance: Tensor | None, plan: _Affine) -> tuple[Tensor,
         weights = _root(_sum(groups * groups) / 32) + groups.abs()
         return _with_minima(groups, weights, None, plan)
     weights = _weighted(x, importance, 32, 2.0)
-    return _with_minima(groups, weights, _sum(weights), plan._replace(first=-0.9, step=0.05, count=37))
+    return _with_minima(groups, weights, _sum(weights), plan._replace(first=-0.9, step=0.05, trials=37))
 
 
 def search_q3_k(x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -159,7 +159,7 @@ def _affine_search(groups: Tensor, weights: Tensor, plan: _Affine) -> tuple[Tens
     scale, codes = _over(1.0, inverse), _codes(groups, low, inverse, plan.high)
     best = _error(groups, weights, codes, scale, low, plan.absolute)
     first_low = low
-    for number in _numbers(plan.first, plan.step, range(plan.count), plan.high):
+    for number in _numbers(plan.first, plan.step, range(plan.trials), plan.high):
         tried = _codes(groups, low, _over(number, top - low), plan.high)
         weighted = weights * tried
         sum_q, sum_qq, sum_xq = _sum(weighted), _sum(weighted * tried), _sum(weighted * groups)
