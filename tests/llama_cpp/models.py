@@ -45,6 +45,7 @@ EXTRA: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OlmoeForCausalLM", "OlmoeConfig",
         _SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     ),
+    "olmo2, tied": ("Olmo2ForCausalLM", "Olmo2Config", _SMALL | {"tie_word_embeddings": True}),
     "cohere": ("CohereForCausalLM", "CohereConfig", _SMALL | {"logit_scale": 0.25}),
 }  # fmt: skip
 
