@@ -56,6 +56,25 @@ def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     assert torch.equal(logits, outputs[0])
 
 
+def test_steps_with_caches_seen_before_and_with_others() -> None:
+    """What a step remembers about its caches is used for those alone."""
+    artifact = lowered("step")
+    tokens, positions = steps.tokens(1, 4), torch.arange(4).unsqueeze(0)
+    first, second = artifact.new_caches(1), artifact.new_caches(1)
+    wanted = artifact.step(first, tokens, positions, positions)
+    assert torch.equal(artifact.step(first, tokens, positions, positions), wanted)
+    assert torch.equal(artifact.step(second, tokens, positions, positions), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    swapped = [*reversed(second)]
+    artifact.step(swapped, tokens, positions, positions)
+    assert torch.equal(second[1], first[0])
+    # Tensors of the same shapes that are not dense are read in their own order.
+    wide = tokens.t().contiguous().t()
+    assert torch.equal(artifact.step(first, wide, positions, positions), wanted)
+    with pytest.raises(OptionError, match=r"input tokens|input .* is"):
+        artifact.step(first, tokens.int(), positions, positions)
+
+
 def test_saved_and_loaded_without_the_program(tmp_path: Path) -> None:
     program = steps.step()
     written = lowered("step").save(tmp_path / "step.irca")

@@ -330,10 +330,21 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
     });
 }
 
+// The start of this worker's share for one token: the lines that the streams of its first block read before their own
+// prefetches arrive. Asked for ahead of the quantization, they are there behind it.
+template <class W>
+inline void prefetch_share(const Worker& worker, const uint8_t* packed, int64_t num_columns, int64_t size) {
+    const int64_t first = ceil_div(num_columns, columns) * worker.index / worker.count * columns / 16;
+    const int64_t panels = min_of(row_panels, ceil_div(num_columns, 16) - first), panel_bytes = W::panel_bytes(size);
+    for (int64_t i = 0; i < min_of(row_ahead, panel_bytes); i += 64)
+        for (int64_t p = 0; p < panels; ++p) prefetch(packed + (first + p) * panel_bytes + i);
+}
+
 // Quantizes x and multiplies. All workers call it; results are complete after the next barrier.
 template <class W, class Input, class Epilogue>
 inline void quantized_matmul(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
                              int64_t num_columns, int64_t size, uint8_t* scratch, Epilogue&& epilogue) {
+    if (num_rows == 1) prefetch_share<W>(worker, packed, num_columns, size);
     quantize_activations<W>(worker, x, stride, num_rows, size, scratch);
     quantized_product<W>(worker, packed, num_rows, num_columns, size, scratch, epilogue);
 }
