@@ -41,6 +41,15 @@ def test_plain_instructions_give_the_same_numbers() -> None:
     assert check.passed, str(check)
 
 
+def test_attention_reads_caches_in_half_floats_as_they_lie() -> None:
+    program = steps.step("insert-kv-cache{max-length=32,cache-dtype=f16}")
+    artifact = CPU.lower(program, dict(QUICK))
+    assert "f16[B, 4, 32, 8]" in artifact.source
+    assert "f32[B, 4, 32, 8]" not in artifact.source  # no kernel widens the whole cache
+    check = artifact.verify(program)
+    assert check.passed, str(check)
+
+
 def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     artifact = lowered("step")
     caches = artifact.new_caches(2)
