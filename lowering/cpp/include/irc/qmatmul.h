@@ -112,6 +112,16 @@ IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t g
     }
 }
 
+IRC_INLINE void add_scaled(float* total, i32x16 sums, f32x16 scales) {
+    store(total, fma(to_float(sums), scales, load(total)));
+}
+
+// How far ahead of `done` bytes of its panel a stream prefetches: behind the panel's end it goes on P panels further.
+template <int P>
+IRC_INLINE int64_t stream_ahead(int64_t done, int64_t ahead, int64_t panel_bytes) {
+    return ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
+}
+
 // One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
 // a stream prefetches the panel that it reads next, that of the following block.
 template <class W, int P>
@@ -121,32 +131,41 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     // Long groups pass in pieces, so that the panels take turns.
     const int64_t piece = W::one_segment ? group : 2 * segment_size;
-    const int64_t row_groups = ceil_div(row_ahead, group_bytes);
-    f32x16 totals[P];
-    for (int p = 0; p < P; ++p) totals[p] = zero();
+    const int64_t ahead = W::one_segment ? round_up(row_ahead, group_bytes) : row_ahead;
+    // Totals lie in memory: the registers hold the activations of a group, which all panels share.
+    for (int p = 0; p < P; ++p) store(results + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
-        i32x16 sums[P];
-        for (int p = 0; p < P; ++p) sums[p] = zero_i32();
-        for (int64_t k = 0; k < group; k += piece) {
-            const int64_t length = min_of(piece, group - k);
-            const int64_t done = g * group_bytes + k * 2 * W::bits, ahead = W::one_segment ? row_groups * group_bytes : row_ahead;
-            const int64_t next = ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
+        if constexpr (W::one_segment) {
+            const int64_t next = stream_ahead<P>(g * group_bytes, ahead, panel_bytes);
             for (int p = 0; p < P; ++p) {
                 const uint8_t* block = panel + p * panel_bytes;
-                const uint8_t* lines = block + k * 2 * W::bits;
-                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + next + i);
-                i32x16 part[1];
-                group_sums<W, 1>(lines, block + group_bytes - 16, length, values + k, seeds + k / segment_size, part);
-                sums[p] = add(sums[p], part[0]);
+                for (int64_t i = 0; i < group_bytes; i += 64) prefetch(block + next + i);
+                i32x16 sums[1];
+                group_sums<W, 1>(block, block + group_bytes - 16, group, values, seeds, sums);
+                add_scaled(results + 16 * p, sums[0], W::scales(block + line_bytes));
             }
+        } else {
+            i32x16 sums[P];
+            for (int p = 0; p < P; ++p) sums[p] = zero_i32();
+            for (int64_t k = 0; k < group; k += piece) {
+                const int64_t length = min_of(piece, group - k), done = k * 2 * W::bits;
+                const int64_t next = stream_ahead<P>(g * group_bytes + done, ahead, panel_bytes);
+                for (int p = 0; p < P; ++p) {
+                    const uint8_t* block = panel + p * panel_bytes;
+                    for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(block + done + next + i);
+                    i32x16 part[1];
+                    group_sums<W, 1>(block + done, block + group_bytes - 16, length, values + k,
+                                     seeds + k / segment_size, part);
+                    sums[p] = add(sums[p], part[0]);
+                }
+            }
+            for (int p = 0; p < P; ++p)
+                add_scaled(results + 16 * p, sums[p], W::scales(panel + p * panel_bytes + line_bytes));
         }
-        for (int p = 0; p < P; ++p)
-            totals[p] = fma(to_float(sums[p]), W::scales(panel + p * panel_bytes + line_bytes), totals[p]);
         panel += group_bytes;
         values += group;
         seeds += segments;
     }
-    for (int p = 0; p < P; ++p) store(results + 16 * p, totals[p]);
 }
 
 // One group of a panel against one tile: totals[row][16] += sums * scales.
@@ -156,10 +175,7 @@ IRC_INLINE void group_times_tile(const uint8_t* lines, const uint8_t* zeros, int
     i32x16 sums[H];
     group_sums<W, H>(lines, zeros, group, values, seeds, sums);
 #pragma GCC unroll 16
-    for (int m = 0; m < H; ++m) {
-        float* total = totals + m * stride;
-        store(total, fma(to_float(sums[m]), scales, load(total)));
-    }
+    for (int m = 0; m < H; ++m) add_scaled(totals + m * stride, sums[m], scales);
 }
 
 template <class W>

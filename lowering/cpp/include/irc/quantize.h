@@ -14,7 +14,7 @@ IRC_BEGIN
 #if defined(IRC_AVX512)
 constexpr int tile_height = 12;
 #else
-constexpr int tile_height = 6;
+constexpr int tile_height = 4;  // eight sums, weights, activations: more would not fit 16 registers
 #endif
 
 // M rows cut into tiles of nearly equal height.
