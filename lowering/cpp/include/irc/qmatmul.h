@@ -20,7 +20,7 @@ IRC_BEGIN
 constexpr int64_t columns = 32;
 // Panels that one token passes at a time: as many streams of memory a thread. A single stream, however far ahead it is
 // prefetched, reaches half of what a core can read (13 against 25 GB/s where it was measured).
-constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 1024;
+constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 512;
 constexpr int64_t few_tokens = 16;
 // Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
 constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
