@@ -34,6 +34,10 @@ IRC_EXPORT void irc_run(void* pool, const int64_t* sizes, void* const* inputs, v
 }
 """
 
+PROFILE_INTERFACE = """
+extern "C" IRC_EXPORT int64_t* irc_part_times() { return times.totals; }
+"""
+
 
 @dataclass
 class SourceText:
@@ -43,11 +47,13 @@ class SourceText:
         text: the C++ source.
         num_functions: kernels printed, after those of equal text became one.
         num_barriers: times that the workers meet in a step.
+        parts: what each step of the program is, for a profile.
     """
 
     text: str
     num_functions: int
     num_barriers: int
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,13 +81,15 @@ class _Functions:
 
 
 def print_program(
-    program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int]
-) -> SourceText:
+    program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int], *,
+    profile: bool = False,
+) -> SourceText:  # fmt: skip
     """The source of a scheduled program.
 
     Args:
         weights: gets the weights that the steps read; offsets are part of the text.
         dims: dimension → its place among the sizes.
+        profile: measure each step's time, which then ends at a barrier.
     """
     functions, includes, scratch = _Functions(), list(_INCLUDES), list[str]()
     pointers = _Pointers(program, schedule, plan, weights)
@@ -95,11 +103,16 @@ def print_program(
         statement, comment = made.call(functions.name_of(made), arguments), list(made.comment)
         steps.append(_Step(comment, statement, {pointers.place(b) for b in writes}, {pointers.place(b) for b in reads}))
     steps += _copies(program, schedule, pointers)
+    if profile:
+        for number, step in enumerate(steps):
+            step.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
+        includes.append("irc/profile.h")
     lines, barriers = _with_barriers(steps)
     sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
     layout, total = _layout(plan, scratch)
     text = "".join(f"#include {_include(i)}\n" for i in includes)
     text += f"\nnamespace {{\n\n// Program {program.name}.\n\n"
+    text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile and steps else ""
     text += "\n".join(functions.texts)
     text += "\nstruct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
     text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
@@ -109,8 +122,15 @@ def print_program(
     text += "void step(irc::Worker& worker, const Arguments& arguments) {\n"
     text += "    const int64_t* const sizes = arguments.sizes;\n"
     text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
-    text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *lines]) + "\n}\n\n}  // namespace\n"
-    return SourceText(text + INTERFACE, len(functions.texts), barriers)
+    started = ["    times.start(worker.index);"] if profile and steps else []
+    text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *started, *lines])
+    text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if started else "")
+    return SourceText(text, len(functions.texts), barriers, tuple(_part(step) for step in steps) if started else ())
+
+
+def _part(step: _Step) -> str:
+    """A step in a profile: its function, and the last node that it computes."""
+    return step.statement.split("(", 1)[0] + (f": {step.comment[-1]}" if step.comment else "")
 
 
 class _Pointers:

@@ -58,13 +58,15 @@ class CpuTarget(Target):
         _require_printable(schedule)
         weights = WeightBlock()
         plan = plan_memory(schedule, hints_of(own))
-        printed = print_program(own, schedule, plan, weights, dims_of(own))
+        printed = print_program(own, schedule, plan, weights, dims_of(own), profile=chosen.profile)
         kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
         notes.append(
             f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
             f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
         )
         manifest = _manifest(own, schedule, weights, notes)
+        if chosen.profile:
+            manifest["parts"] = list(printed.parts)
         return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:

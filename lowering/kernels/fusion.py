@@ -27,7 +27,7 @@ from irc.lowering.kernels.definitions import Definer, convert, definition_of, se
 from irc.lowering.kernels.indexing import ZERO, index_symbol, reshape_index, simplify
 from irc.lowering.kernels.kernel import Kernel, Origin
 from irc.lowering.kernels.schedule import AxisRange, Item, build_epilogue, build_kernel
-from irc.lowering.kernels.sites import Matcher, Memory, Site, TemplateCall, first_match
+from irc.lowering.kernels.sites import LAYOUTS, Matcher, Memory, Site, TemplateCall, first_match
 from irc.lowering.kernels.values import (
     Apply,
     Index,
@@ -106,6 +106,7 @@ class _Scheduler:
         self.stored: set[fx.Node] = set()
         self.steps: list[_Open | TemplateCall] = []
         self.absorbed: dict[fx.Node, fx.Node] = {}
+        self.arranged: dict[tuple[fx.Node, str], Memory] = {}  # copies in the layout that a template reads
         self.sizes: dict[fx.Node, int] = {}  # operations that a value without memory repeats in its readers
         self.heavy: set[fx.Node] = set()  # values without memory that walk many elements for one
         self._names: dict[str, int] = {}
@@ -245,7 +246,7 @@ class _Scheduler:
         value = self.definer.defined(node, symbols)
         order = None
         if not (dense or node in self.pointers or node in self.program.outputs):
-            order = _order_of_reads(value, symbols)
+            order = self._order_for_readers(node) or _order_of_reads(value, symbols)
         shape = self.definer.shape(node)
         kind = "output" if node in self.program.outputs else "temporary"
         buffer = self._buffer(node, node.name, row_major(shape, order), kind)
@@ -254,6 +255,14 @@ class _Scheduler:
             axes = tuple(axes[i] for i in order)
         self._add(Item(buffer, _real(axes), Index(offset), value, origins=self._origins(node)))
         return buffer
+
+    def _order_for_readers(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The layout that a template asks for that reads this node."""
+        for reader in self.readers.get(node, []):
+            for read, layout in self.sites[reader].reads if reader in self.sites else ():
+                if read is node and layout in LAYOUTS:
+                    return LAYOUTS[layout]
+        return None
 
     def _cache_write(self, node: fx.Node) -> None:
         """A cache with new values: into the cache itself where nobody else reads it, else into a copy."""
@@ -319,8 +328,9 @@ class _Scheduler:
         else:
             symbols, axes = self._axes(result)
             value = self._finished(site, result, symbols)
-            buffer = self._buffer(result, result.name, row_major(shape), kind)
+            buffer = self._buffer(result, result.name, row_major(shape, None if kind == "output" else site.order), kind)
             offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
+            axes = axes if site.order is None else tuple(axes[i] for i in site.order)
             item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)
             columns = [axis for axis in axes[len(axes) - site.columns :] if axis in item.axes]
             epilogue = build_epilogue(f"{name}_epilogue", item, columns, self.definer.ranges)
@@ -358,7 +368,8 @@ class _Scheduler:
         shape, result = self.definer.shape(node), self.definer.shape(last)
         if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
             return False
-        if self.sites[node].columns > 1 and shape != result:
+        site = self.sites[node]
+        if (site.columns > 1 or site.order is not None) and shape != result:
             return False
         trial = Definer(self.program)
         trial.buffers, trial.ranges = dict(self.definer.buffers), self.definer.ranges
@@ -385,11 +396,27 @@ class _Scheduler:
         """Where a node's value lies; it gets memory of its own if it has none that fits."""
         symbols, _ = self._axes(node)
         found = self._in_memory(node, symbols, layout)
+        if found is None and layout in LAYOUTS:
+            return self._arranged(node, symbols, layout)
         if found is None:
             self._materialize(node, dense=True)
             found = self._in_memory(node, symbols, layout)
         assert found is not None
         return found
+
+    def _arranged(self, node: fx.Node, symbols: tuple[sympy.Symbol, ...], layout: str) -> Memory:
+        """A copy of a value in a layout, for all templates that want it."""
+        if (node, layout) not in self.arranged:
+            shape, order = self.definer.shape(node), LAYOUTS[layout]
+            name, dtype = self._unique(f"{node.name}.{layout}"), self.definer.dtype(node)
+            buffer = Buffer(name, dtype, shape, row_major(shape, order), "temporary", node.name)
+            self.schedule.buffers[name] = buffer
+            _, axes = self._axes(node)
+            value = settle(self.definer.value(node, symbols), dtype)
+            offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
+            self._add(Item(buffer, _real(tuple(axes[i] for i in order)), offset, value, origins=self._origins(node)))
+            self.arranged[node, layout] = Memory(buffer, shape, buffer.strides, ZERO)
+        return self.arranged[node, layout]
 
     def _in_memory(self, node: fx.Node, symbols: tuple[sympy.Symbol, ...], layout: str) -> Memory | None:
         value = self.definer.value(node, symbols)
@@ -405,8 +432,8 @@ class _Scheduler:
         if sympy.expand(linear - value.offset) != 0:
             return None
         shape = self.definer.shape(node)
-        dense = row_major(shape)
-        if layout == "rows":
+        dense = row_major(shape, LAYOUTS.get(layout))
+        if layout == "rows" or layout in LAYOUTS:
             fits = all(size == 1 or sympy.expand(a - b) == 0 for size, a, b in zip(shape, strides, dense, strict=True))
         else:
             fits = shape[-1] == 1 or strides[-1] == 1
