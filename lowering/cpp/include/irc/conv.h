@@ -35,42 +35,61 @@ struct ConvShape {
     }
 };
 
-// Inputs as they are multiplied, `count` of them; and none.
+// Inputs as they are multiplied. `readable`: elements that may be read at `from`; what is written behind `count`, up to
+// 15 numbers, is of no account.
 struct FloatInputs {
     using Row = float;
     template <class Input>
-    void copy(float* to, const Input* from, int64_t count) const {
-        if constexpr (sizeof(Input) == 4) {
-            std::memcpy(to, from, count * sizeof(float));
-        } else {
-            for (int64_t k = 0; k < count; k += 16)
-                store_part(to + k, load_part(from + k, count - k), min_of(16, count - k));
-        }
+    void copy(float* to, const Input* from, int64_t count, int64_t readable) const {
+        if (readable >= count + 15)
+            for (int64_t k = 0; k < count; k += 16) store(to + k, load(from + k));
+        else
+            for (int64_t k = 0; k < count; k += 16) store(to + k, load_part(from + k, count - k));
     }
 };
 
-// Places [place, place + length) under the window at (y, x) of an image whose group starts at `image`.
+// Where a block of places starts in the runs of the window. A run is contiguous in memory: one row of the window, or
+// one pixel of it.
+struct RunStart {
+    int64_t run, runs_a_row, row, column, at;
+
+    RunStart(const ConvShape& shape, int64_t place) {
+        const bool whole = shape.groups == 1 && shape.dilation_x == 1;
+        run = shape.group_channels() * (whole ? shape.kernel_x : 1);
+        runs_a_row = whole ? 1 : shape.kernel_x;
+        const int64_t index = place / run;
+        row = index / runs_a_row;
+        column = index % runs_a_row;
+        at = place % run;
+    }
+};
+
+// `length` places under the window at (y, x) of an image whose group starts at `image`; the input ends at `end`.
 template <class Inputs, class Input>
-inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, int64_t y, int64_t x,
-                          int64_t place, int64_t length, typename Inputs::Row* to) {
-    // A run is contiguous in memory: one row of the window, or one pixel of it.
-    const int64_t taps = shape.groups == 1 && shape.dilation_x == 1 ? shape.kernel_x : 1;
-    const int64_t width = shape.group_channels(), run = taps * width, runs_a_row = shape.kernel_x / taps;
+inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, const Input* end,
+                          RunStart start, int64_t y, int64_t x, int64_t length, typename Inputs::Row* to) {
+    const int64_t width = shape.group_channels(), run = start.run;
     for (int64_t done = 0; done < length;) {
-        const int64_t index = (place + done) / run, at = (place + done) % run, count = min_of(run - at, length - done);
-        const int64_t top = y + index / runs_a_row * shape.dilation_y;
-        const int64_t left = x + index % runs_a_row * shape.dilation_x;
+        const int64_t at = start.at, count = min_of(run - at, length - done);
+        const int64_t top = y + start.row * shape.dilation_y, left = x + start.column * shape.dilation_x;
         // The part [first, last) of the run that lies inside the image.
         int64_t first = left < 0 ? min_of(run, -left * width) : 0;
         int64_t last = max_of(0, min_of(run, (shape.width - left) * width));
         if (top < 0 || top >= shape.height) first = last = 0;
         first = min_of(max_of(first, at), at + count);
         last = min_of(max_of(last, first), at + count);
-        std::memset(to + done, 0, (first - at) * sizeof(*to));
-        if (last > first)
-            inputs.copy(to + done + first - at, image + (top * shape.width + left) * shape.channels + first, last - first);
-        std::memset(to + done + last - at, 0, (at + count - last) * sizeof(*to));
+        for (int64_t k = at; k < first; ++k) to[done + k - at] = 0;
+        if (last > first) {
+            const Input* from = image + (top * shape.width + left) * shape.channels + first;
+            inputs.copy(to + done + first - at, from, last - first, end - from);
+        }
+        for (int64_t k = last; k < at + count; ++k) to[done + k - at] = 0;
         done += count;
+        start.at = 0;
+        if (++start.column == start.runs_a_row) {
+            start.column = 0;
+            ++start.row;
+        }
     }
 }
 
@@ -78,16 +97,22 @@ inline void gather_window(const ConvShape& shape, const Inputs& inputs, const In
 template <class Inputs, class Input>
 inline void gather_rows(const ConvShape& shape, const Inputs& inputs, const Input* input, int64_t group, int64_t m0,
                         int64_t m1, int64_t place, int64_t length, typename Inputs::Row* to) {
+    const int64_t image_size = shape.height * shape.width * shape.channels;
+    const Input* end = input + shape.batch * image_size;
     if (shape.plain()) {
-        for (int64_t m = m0; m < m1; ++m, to += conv_stride) inputs.copy(to, input + m * shape.channels + place, length);
+        for (int64_t m = m0; m < m1; ++m, to += conv_stride) {
+            const Input* from = input + m * shape.channels + place;
+            inputs.copy(to, from, length, end - from);
+        }
         return;
     }
+    const RunStart start(shape, place);
     int64_t x = m0 % shape.out_width, y = m0 / shape.out_width % shape.out_height;
     int64_t b = m0 / shape.out_width / shape.out_height;
     for (int64_t m = m0; m < m1; ++m, to += conv_stride) {
-        const Input* image = input + b * shape.height * shape.width * shape.channels + group * shape.group_channels();
-        gather_window(shape, inputs, image, y * shape.stride_y - shape.padding_y, x * shape.stride_x - shape.padding_x,
-                      place, length, to);
+        const Input* image = input + b * image_size + group * shape.group_channels();
+        gather_window(shape, inputs, image, end, start, y * shape.stride_y - shape.padding_y,
+                      x * shape.stride_x - shape.padding_x, length, to);
         if (++x == shape.out_width) {
             x = 0;
             if (++y == shape.out_height) {

@@ -67,9 +67,14 @@ struct ShortInputs {
     using Row = int16_t;
     int16_t zero;
     template <class Input>
-    void copy(int16_t* to, const Input* from, int64_t count) const {
+    void copy(int16_t* to, const Input* from, int64_t count, int64_t readable) const {
         const int16_t offset = zero;
-        for (int64_t k = 0; k < count; ++k) to[k] = static_cast<int16_t>(from[k] - offset);
+        if (readable >= count + 15) {
+            for (int64_t k = 0; k < count; k += 16)
+                for (int64_t i = 0; i < 16; ++i) to[k + i] = static_cast<int16_t>(from[k + i] - offset);
+        } else {
+            for (int64_t k = 0; k < count; ++k) to[k] = static_cast<int16_t>(from[k] - offset);
+        }
     }
 };
 
