@@ -31,14 +31,14 @@ C_TYPES = {"u8": "uint8_t", "i8": "int8_t"}
 
 def _function(name: str, problem: ConvProblem, zero: int) -> str:
     sizes = ("batch", "height", "width", "out_height", "out_width")
-    args = {key: key for key in ("worker", "x", "packed", *sizes)} | {"zero": str(zero)}
+    args = {key: key for key in ("worker", "x", "packed", "narrow", *sizes)} | {"zero": str(zero)}
     epilogue = (
         f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{ for (int64_t n = n0; n < n1; ++n)"
         f" out[m * {problem.out_channels} + n] += values[n - n0]; }}"
     )
     return (
         f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, const uint8_t* packed,'
-        f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out) {{\n"
+        f" {', '.join(f'int64_t {size}' for size in sizes)}, bool narrow, float* out) {{\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
         "    pool(threads).run(body);\n}"
     )
@@ -53,22 +53,31 @@ def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
 @needs_compiler
 @pytest.mark.parametrize("index", range(len(CASES)))
 @pytest.mark.parametrize("extreme", [False, True])
-def test_sums_are_exact(kernels: ctypes.CDLL, index: int, extreme: bool) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sums_are_exact(kernels: ctypes.CDLL, index: int, extreme: bool, narrow: bool) -> None:
     problem, height, width, zero = CASES[index]
     generator = torch.Generator().manual_seed(index)
     low, high = (0, 256) if problem.activation == "u8" else (-128, 128)
     shape = (2, problem.channels, height, width)
     x = torch.randint(low, high, shape, generator=generator)
+    least = -64 if narrow else -128
     weight = torch.randint(
-        -128, 128, (problem.out_channels, problem.channels // problem.groups, *problem.kernel), generator=generator
+        least,
+        -least + int(narrow),
+        (problem.out_channels, problem.channels // problem.groups, *problem.kernel),
+        generator=generator,
     )
     if extreme:  # the largest products there are, all of one sign
-        x, weight = torch.full_like(x, low if zero - low > high - 1 - zero else high - 1), torch.full_like(weight, -128)
+        x, weight = (
+            torch.full_like(x, low if zero - low > high - 1 - zero else high - 1),
+            torch.full_like(weight, least),
+        )
     options = {key: getattr(problem, key) for key in ("stride", "padding", "dilation", "groups")}
     sums = torch.nn.functional.conv2d((x - zero).double(), weight.double(), **options)
     scale = torch.rand(problem.out_channels, generator=generator) + 0.01
     wanted = sums.float() * scale[:, None, None]
-    packed = template.pack(problem, weight.to(torch.int8), scale)
+    assert template.is_narrow(weight.to(torch.int8)) == narrow
+    packed = template.pack(problem, weight.to(torch.int8), scale, zero)
     assert packed.numel() == template.packed_bytes(problem)
     memory = aligned(packed.numel())
     memory.copy_(packed)
@@ -76,7 +85,7 @@ def test_sums_are_exact(kernels: ctypes.CDLL, index: int, extreme: bool) -> None
     sizes = [ctypes.c_int64(size) for size in (2, height, width, *wanted.shape[2:])]
     for threads in (1, 3):
         out = torch.zeros(wanted.shape).contiguous(memory_format=torch.channels_last)
-        getattr(kernels, f"case{index}")(threads, pointer(given), pointer(memory), *sizes, pointer(out))
+        getattr(kernels, f"case{index}")(threads, pointer(given), pointer(memory), *sizes, narrow, pointer(out))
         assert torch.equal(out, wanted)
 
 
@@ -91,6 +100,6 @@ def test_refuses() -> None:
     assert "65792" in reason(channels=70000)
     problem = _problem(4, 4, (1, 1))
     with pytest.raises(TargetError, match=r"\[4, 4, 1, 1\]"):
-        template.pack(problem, torch.zeros(4, 1, 1, 1, dtype=torch.int8), torch.ones(4))
+        template.pack(problem, torch.zeros(4, 1, 1, 1, dtype=torch.int8), torch.ones(4), 0)
     with pytest.raises(TargetError, match="scale is"):
-        template.pack(problem, torch.zeros(4, 4, 1, 1, dtype=torch.int8), torch.ones(1))
+        template.pack(problem, torch.zeros(4, 4, 1, 1, dtype=torch.int8), torch.ones(1), 0)

@@ -19,6 +19,8 @@ from irc.lowering.cpp.templates.conv2d import ConvProblem, rows_of_groups, shape
 
 INCLUDES = ("irc/conv8.h",)
 _INPUTS = {"u8": "uint8_t", "i8": "int8_t"}
+# Neighbours along the depth that lie together, and the largest weight that pairs in 16 bits take.
+_LINE, _NARROW = 4, 64
 # Products of 255 · 128 whose sum surely fits 32 bits.
 _MOST_PLACES = 65792
 
@@ -36,8 +38,12 @@ def refuses(problem: ConvProblem, isa: str) -> str | None:
     return None
 
 
-def pack(problem: ConvProblem, weight: Tensor, scale: Tensor) -> Tensor:
-    """s8 w [O, C / groups, KH, KW] as panels of each group, then f32 scales [O] (input's times channel's), as bytes.
+def pack(problem: ConvProblem, weight: Tensor, scale: Tensor, zero: int) -> Tensor:
+    """s8 w [O, C / groups, KH, KW] as panels of each group, then scales and corrections, as bytes.
+
+    Args:
+        scale: [O], the input's times the channel's.
+        zero: zero point of the input.
 
     Raises:
         TargetError: the weight or the scales do not fit the problem.
@@ -52,20 +58,28 @@ def pack(problem: ConvProblem, weight: Tensor, scale: Tensor) -> Tensor:
         raise wrong_shape("scale", list(scale.shape), [problem.out_channels])
     groups = []
     for rows in rows_of_groups(problem, weight):
-        pairs = by_panel(pad_to(rows, 1, 2)).unflatten(2, (-1, 2))
-        groups.append(as_bytes(pairs.permute(0, 2, 1, 3).flatten()))
-    return torch.cat([*groups, as_bytes(pad_to(scale.float(), 0, PANEL))])
+        fours = by_panel(pad_to(rows, 1, _LINE)).unflatten(2, (-1, _LINE))
+        groups.append(as_bytes(fours.permute(0, 2, 1, 3).flatten()))
+    stored_zero = zero + (128 if problem.activation == "i8" else 0)
+    corrections = (-stored_zero * weight.flatten(1).sum(1, dtype=torch.int64)).to(torch.int32)
+    behind = [as_bytes(pad_to(part, 0, PANEL)) for part in (scale.float(), corrections)]
+    return torch.cat([*groups, *behind])
+
+
+def is_narrow(weight: Tensor) -> bool:
+    """Whether sums of two products with any unsigned byte fit 16 bits."""
+    return not bool((weight.abs() > _NARROW).any() or (weight == -128).any())
 
 
 def packed_bytes(problem: ConvProblem) -> int:
     """Bytes of `pack`'s result."""
-    return scales_at(problem) + -(-problem.out_channels // PANEL) * PANEL * 4
+    return scales_at(problem) + 2 * -(-problem.out_channels // PANEL) * PANEL * 4
 
 
 def scales_at(problem: ConvProblem) -> int:
     """Bytes of the panels, behind which the scales are."""
     panels = -(-(problem.out_channels // problem.groups) // PANEL)
-    return problem.groups * panels * PANEL * (problem.places + problem.places % 2)
+    return problem.groups * panels * PANEL * -(-problem.places // _LINE) * _LINE
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
@@ -77,9 +91,9 @@ def call(problem: ConvProblem, args: Mapping[str, str], epilogue: str) -> str:
     """Convolves.
 
     Args: worker, x (dense, channels last), zero (of x, an integer), packed (const uint8_t*), batch, height, width,
-        out_height, out_width.
+        out_height, out_width, narrow (`is_narrow` of the weight, as `true` or `false`).
     """
     return (
         f"irc::conv2d_bytes({args['worker']}, {shape_text(problem, args)}, {args['x']}, {args['zero']},"
-        f" {args['packed']}, {scales_at(problem)}, {epilogue});\n"
+        f" {args['packed']}, {scales_at(problem)}, {args['narrow']}, {epilogue});\n"
     )

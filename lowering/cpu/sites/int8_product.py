@@ -11,15 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
-import torch
 import torch.fx as fx
-from torch import Tensor
 
 from irc.core import formats
 from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.core.target import op_name
+from irc.lowering.cpp.expressions import size_text
 from irc.lowering.cpp.printer import PrintedFunction, print_epilogue
 from irc.lowering.cpp.templates import int8_conv2d as template
 from irc.lowering.cpp.templates.conv2d import ConvProblem
@@ -135,19 +134,22 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     x, weight = StaticInt8.of(definer, layer.x), Int8Weight.of(layer.weight)
     assert x is not None
     assert weight is not None
-    name = f"{weight.stored.target} × {x.scale.target} as panels of pairs"
-    if name not in weights.offsets:
-        weights.add(name, _packed(problem, program, x, weight))
+    name = f"{weight.stored.target} × {x.scale.target} as panels of bytes"
     zero = 0 if x.zero_point is None else int(program.weight(x.zero_point).item())
+    integers = program.weight(weight.stored).detach()
+    if name not in weights.offsets:
+        scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels)
+        shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
+        step = program.weight(x.scale).detach().reshape(())
+        weights.add(name, template.pack(problem, integers.reshape(shape), scale * step, zero))
     sizes: set[sympy.Symbol] = set()
-    args = {"worker": "worker", "x": "x", "packed": "packed", "zero": str(zero)}
+    narrow = "true" if template.is_narrow(integers) else "false"
+    args = {"worker": "worker", "x": "x", "packed": "packed", "zero": str(zero), "narrow": narrow}
     if isinstance(layer, Convolution):
         args |= conv_arguments(definer, call, sizes)
     else:
         rows = rows_of(call.reads[0].shape)
         sizes |= set(rows.free_symbols)
-        from irc.lowering.cpp.expressions import size_text
-
         args |= dict.fromkeys(("height", "width", "out_height", "out_width"), "1")
         args["batch"] = f"int64_t({size_text(rows, {})})"
     epilogue = print_epilogue(call.epilogue)
@@ -157,14 +159,6 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         matmul_body(epilogue, template.call(problem, args, "epilogue")), sizes=sizes,
         includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
     )  # fmt: skip
-
-
-def _packed(problem: ConvProblem, program: Program, x: StaticInt8, weight: Int8Weight) -> Tensor:
-    integers = program.weight(weight.stored).detach()
-    shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-    scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels)
-    step = program.weight(x.scale).detach().to(torch.float32).reshape(())
-    return template.pack(problem, integers.reshape(shape), scale * step)
 
 
 register_site(SiteKind("int8_product", match, emit, order=0))

@@ -39,6 +39,7 @@ struct ConvShape {
 // 15 numbers, is of no account.
 struct FloatInputs {
     using Row = float;
+    float outside() const { return 0.0f; }
     template <class Input>
     void copy(float* to, const Input* from, int64_t count, int64_t readable) const {
         if (readable >= count + 15)
@@ -78,12 +79,12 @@ inline void gather_window(const ConvShape& shape, const Inputs& inputs, const In
         if (top < 0 || top >= shape.height) first = last = 0;
         first = min_of(max_of(first, at), at + count);
         last = min_of(max_of(last, first), at + count);
-        for (int64_t k = at; k < first; ++k) to[done + k - at] = 0;
+        for (int64_t k = at; k < first; ++k) to[done + k - at] = inputs.outside();
         if (last > first) {
             const Input* from = image + (top * shape.width + left) * shape.channels + first;
             inputs.copy(to + done + first - at, from, last - first, end - from);
         }
-        for (int64_t k = last; k < at + count; ++k) to[done + k - at] = 0;
+        for (int64_t k = last; k < at + count; ++k) to[done + k - at] = inputs.outside();
         done += count;
         start.at = 0;
         if (++start.column == start.runs_a_row) {
