@@ -62,7 +62,7 @@ def pack(problem: ConvProblem, weight: Tensor, scale: Tensor, zero: int) -> Tens
         groups.append(as_bytes(fours.permute(0, 2, 1, 3).flatten()))
     stored_zero = zero + (128 if problem.activation == "i8" else 0)
     corrections = (-stored_zero * weight.flatten(1).sum(1, dtype=torch.int64)).to(torch.int32)
-    behind = [as_bytes(pad_to(part, 0, PANEL)) for part in (scale.float(), corrections)]
+    behind = [as_bytes(torch.cat([pad_to(x, 0, PANEL), x.new_zeros(PANEL)])) for x in (scale.float(), corrections)]
     return torch.cat([*groups, *behind])
 
 
@@ -73,7 +73,7 @@ def is_narrow(weight: Tensor) -> bool:
 
 def packed_bytes(problem: ConvProblem) -> int:
     """Bytes of `pack`'s result."""
-    return scales_at(problem) + 2 * -(-problem.out_channels // PANEL) * PANEL * 4
+    return scales_at(problem) + 2 * (-(-problem.out_channels // PANEL) + 1) * PANEL * 4
 
 
 def scales_at(problem: ConvProblem) -> int:

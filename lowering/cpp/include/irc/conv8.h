@@ -143,7 +143,7 @@ inline void tiles_of(int64_t count, const typename Tile::Row* rows, const uint8_
     }
 }
 
-// What both ways share. scales and corrections: [channels of all groups].
+// What both ways share. scales and corrections: [channels of all groups], readable for 16 more.
 struct IntegerProduct {
     using Sum = int32_t;
     const float* scales;
@@ -166,11 +166,9 @@ struct ByteProduct : IntegerProduct {
                                totals + n - n0);
     }
     const float* finish(const int32_t* sums, int64_t n0, int64_t n1, float* values) const {
-        int32_t taken[16] = {};
         for (int64_t n = n0; n < n1; n += 16) {
-            std::memcpy(taken, corrections + n, min_of(16, n1 - n) * sizeof(int32_t));
-            const i32x16 sum = irc::add(load_i32(sums + n - n0), load_i32(taken));
-            store(values + n - n0, mul(to_float(sum), load_part(scales + n, n1 - n)));
+            const i32x16 sum = irc::add(load_i32(sums + n - n0), load_i32(corrections + n));
+            store(values + n - n0, mul(to_float(sum), load(scales + n)));
         }
         return values;
     }
@@ -232,13 +230,14 @@ struct ShortProduct : IntegerProduct {
     }
     const float* finish(const int32_t* sums, int64_t n0, int64_t n1, float* values) const {
         for (int64_t n = n0; n < n1; n += 16)
-            store(values + n - n0, mul(to_float(load_i32(sums + n - n0)), load_part(scales + n, n1 - n)));
+            store(values + n - n0, mul(to_float(load_i32(sums + n - n0)), load(scales + n)));
         return values;
     }
 };
 #endif
 
-// packed: panels of the groups, then (at `scales_at`) f32 scales and i32 corrections, [out_channels padded to 16] each.
+// packed: panels of the groups, then (at `scales_at`) f32 scales and i32 corrections, each
+// [out_channels padded to 16, and 16 more].
 // narrow: no weight is beyond 64. Input: uint8_t or int8_t. All workers call it; results are complete after the next
 // barrier.
 template <class Input, class Epilogue>
@@ -246,7 +245,7 @@ inline void conv2d_bytes(Worker& worker, const ConvShape& shape, const Input* in
                          int64_t scales_at, bool narrow, Epilogue&& epilogue) {
     const IntegerProduct common{
         reinterpret_cast<const float*>(packed + scales_at),
-        reinterpret_cast<const int32_t*>(packed + scales_at + round_up(shape.out_channels, 16) * 4)};
+        reinterpret_cast<const int32_t*>(packed + scales_at + (round_up(shape.out_channels, 16) + 16) * 4)};
 #if defined(IRC_AVX2)
     if (!narrow) {
         conv_rows(worker, shape, ShortProduct{common, {static_cast<int16_t>(zero)}}, input, packed, epilogue);
