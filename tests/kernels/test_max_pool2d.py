@@ -53,15 +53,15 @@ def test_equals_pytorch(kernels: ctypes.CDLL, index: int) -> None:
     x = torch.randn(2, problem.channels, height, width, generator=torch.Generator().manual_seed(index))
     x = x.to(DTYPES[problem.activation])
     x[0, 0, 1, 1], x[1, 1, 2, 0], x[0, 2, :, :] = torch.nan, torch.inf, -torch.inf
-    x = x.contiguous(memory_format=torch.channels_last)
+    given = x.permute(0, 2, 3, 1).contiguous()
     wanted = torch.nn.functional.max_pool2d(
         x.float(), problem.kernel, problem.stride, problem.padding, problem.dilation
     )
     sizes = [ctypes.c_int64(size) for size in (2, height, width, *wanted.shape[2:])]
     for threads in (1, 3):
-        out = torch.zeros(wanted.shape).contiguous(memory_format=torch.channels_last)
-        getattr(kernels, f"case{index}")(threads, pointer(x), *sizes, pointer(out))
-        torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+        out = torch.zeros_like(wanted.permute(0, 2, 3, 1)).contiguous()
+        getattr(kernels, f"case{index}")(threads, pointer(given), *sizes, pointer(out))
+        torch.testing.assert_close(out.permute(0, 3, 1, 2), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_refuses() -> None:

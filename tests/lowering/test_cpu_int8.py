@@ -64,7 +64,7 @@ def _kinds(program: Program) -> list[str]:
 
 def test_layers_over_integers_run_as_integers() -> None:
     # The depthwise convolution alone reads floats.
-    assert sorted(_kinds(quantized()[0])) == ["conv2d", *["int8_product"] * 6]
+    assert sorted(_kinds(quantized()[0])) == ["conv2d", *["int8_product"] * 6, "max_pool2d"]
 
 
 @pytest.mark.parametrize("isa", [None, "plain"])

@@ -53,15 +53,17 @@ class StaticInt8:
         """What a dequantize reads, if it is such a tensor and comes back as f32."""
         if not is_irc_op(node.target, "dequantize") or definer.dtype(node) != "f32":
             return None
-        stored, scale, zero_point, *rest = [*node.args, *[None] * (4 - len(node.args))]
-        zero_point = zero_point or node.kwargs.get("zero_point")
-        chosen = formats.parse(str(node.kwargs["format"]))
-        if any(rest) or node.kwargs.get("tensor_scale") is not None or not isinstance(chosen, QuantFormat):
-            return None
-        known = all(
-            part is None or (isinstance(part, fx.Node) and part.op == "get_attr") for part in (scale, zero_point)
+        given = dict(zip(("stored", "scale", "zero_point", "tensor_scale"), node.args, strict=False)) | dict(
+            node.kwargs
         )
-        if not known or not chosen.per_tensor or chosen.packs_two or not isinstance(stored, fx.Node):
+        stored, scale, zero_point = (given.get(name) for name in ("stored", "scale", "zero_point"))
+        chosen = formats.parse(str(node.kwargs["format"]))
+        if not isinstance(chosen, QuantFormat) or not chosen.per_tensor or chosen.packs_two:
+            return None
+        parts = [scale, *([] if zero_point is None else [zero_point])]
+        if given.get("tensor_scale") is not None or not all(
+            isinstance(p, fx.Node) and p.op == "get_attr" for p in parts
+        ):
             return None
         if definer.dtype(stored) not in _C_TYPES or definer.dtype(scale) != "f32":  # type: ignore[arg-type]
             return None
