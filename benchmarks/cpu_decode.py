@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import llama_cpp
+from bandwidth import Meter
 
 import irc
 from irc.core.target import Artifact
@@ -35,6 +36,8 @@ PASSES = {
     "q8_0": "quantize-weights{bits=8,group-size=32,scale-dtype=f16}",
     "bf16": "",
 }
+# The types of llama.cpp's cache (f16), and of the model where that is bf16.
+CACHES = {"q4_0": "f16", "q8_0": "f16", "bf16": "bf16"}
 PROMPT, DRAFT, CONTEXT = 512, 8, 1024
 
 
@@ -44,7 +47,8 @@ class Built:
 
     artifact: Artifact
     compile_s: float
-    weight_bytes: int
+    token_bytes: int  # read from memory for one token: all weights but the table of embeddings
+    position_bytes: int  # of the cache, for each position before the token
 
 
 def build(shape: str, kind: str, threads: int) -> Built:
@@ -64,7 +68,12 @@ def build(shape: str, kind: str, threads: int) -> Built:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "norm" in name else weight.uniform_(-0.03, 0.03, generator=generator)
-    passes = ["merge-qkv", "merge-gate-up", PASSES[kind], f"insert-kv-cache{{max-length={CONTEXT}}}"]
+    passes = [
+        "merge-qkv",
+        "merge-gate-up",
+        PASSES[kind],
+        f"insert-kv-cache{{max-length={CONTEXT},cache-dtype={CACHES[kind]}}}",
+    ]
     started = time.perf_counter()
     compiled = irc.compile(
         model, ",".join(p for p in passes if p), target="cpu", verify="off",
@@ -74,7 +83,9 @@ def build(shape: str, kind: str, threads: int) -> Built:
     spent = time.perf_counter() - started
     artifact = compiled.artifact
     print(f"{shape} {kind}: compiled in {spent:.1f} s; " + "; ".join(artifact.notes), flush=True)
-    return Built(artifact, spent, artifact.weight_bytes)  # type: ignore[attr-defined]
+    table = sizes.vocabulary * sizes.width * (2 if kind == "bf16" else 4)
+    position = 2 * sizes.layers * sizes.kv_heads * (sizes.width // sizes.heads) * 2
+    return Built(artifact, spent, artifact.weight_bytes - table, position)  # type: ignore[attr-defined]
 
 
 class Session:
@@ -96,32 +107,21 @@ class Session:
         return time.perf_counter() - started
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that the threads read from memory, best of five."""
-    torch.set_num_threads(threads)
-    data = torch.ones(64 << 20, dtype=torch.int64)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - started)
-    return data.numel() * 8 / min(times)
-
-
 def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """Rounds in turns with llama.cpp."""
     decode, prefill = Session(built.artifact), Session(built.artifact)
-    decode.step(16)
     ours: dict[str, list[float]] = {"decode": [], "prefill": [], "verify": []}
     theirs: dict[str, list[float]] = {"decode": [], "prefill": []}
-    bandwidth = []
+    bandwidth: list[float] = []
+    meter = Meter(args.threads)
     for _ in range(args.rounds):
+        decode.length = 0  # as llama-bench: tokens behind an empty cache
         times = [decode.step(1) for _ in range(args.tokens)]
         ours["decode"].append(1 / statistics.median(times))
         ours["verify"].append(statistics.median([decode.step(DRAFT) for _ in range(5)]) * ours["decode"][-1])
         prefill.length = 0
         ours["prefill"].append(PROMPT / prefill.step(PROMPT))
-        bandwidth.append(read_bandwidth(args.threads))
+        bandwidth.append(meter.read())
         if not args.no_peer:
             theirs["decode"].append(llama_cpp.run(shape, kind, generate=args.tokens, threads=args.threads))
             theirs["prefill"].append(llama_cpp.run(shape, kind, prompt=PROMPT, threads=args.threads))
@@ -132,7 +132,9 @@ def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> di
             result[f"{what}_llama_cpp"] = statistics.median(theirs[what])
             result[f"{what}_ratio"] = spread([a / b for a, b in zip(ours[what], theirs[what], strict=True)])
     result["verify_8_steps"] = spread(ours["verify"])
-    read = [built.weight_bytes * d / b for d, b in zip(ours["decode"], bandwidth, strict=True)]
+    result["bandwidth_gb_s"] = spread([b / 1e9 for b in bandwidth])
+    step_bytes = built.token_bytes + built.position_bytes * args.tokens // 2
+    read = [step_bytes * d / b for d, b in zip(ours["decode"], bandwidth, strict=True)]
     result["of_bandwidth"] = spread(read)
     return result
 
@@ -146,7 +148,8 @@ def spread(values: list[float]) -> list[float]:
 
 def show(result: dict[str, Any]) -> None:
     print(f"  decode  {result['decode_tokens_s']:8.1f} tok/s  llama.cpp {result.get('decode_llama_cpp', 0):8.1f}"
-          f"  ratio {result.get('decode_ratio')}  of read bandwidth {result['of_bandwidth']}")  # fmt: skip
+          f"  ratio {result.get('decode_ratio')}  of read bandwidth {result['of_bandwidth']}"
+          f" ({result['bandwidth_gb_s'][0]} GB/s)")  # fmt: skip
     print(f"  prefill {result['prefill_tokens_s']:8.1f} tok/s  llama.cpp {result.get('prefill_llama_cpp', 0):8.1f}"
           f"  ratio {result.get('prefill_ratio')}")  # fmt: skip
     print(f"  verify of {DRAFT} tokens costs {result['verify_8_steps']} decode steps", flush=True)

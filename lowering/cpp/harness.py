@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from irc.core.errors import TargetError
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
-from irc.lowering.cpp.printer import PrintedFunction
+from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Kernel
 

@@ -6,7 +6,7 @@ as its largest buffer at the sizes of the call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import sympy
@@ -22,10 +22,11 @@ ALIGNMENT = 64
 
 @dataclass
 class Slot:
-    """A part of the arena: as many bytes as the largest of `sizes`."""
+    """A part of the arena: as many bytes as the largest of `sizes`; if private, for each worker that is alone."""
 
     sizes: list[sympy.Expr] = field(default_factory=list)
     hint: int = 0
+    private: bool = False
 
 
 @dataclass
@@ -50,8 +51,8 @@ def touched(step: Kernel | TemplateCall) -> tuple[list[Buffer], list[Buffer]]:
     return [step.write], [*(read.buffer for read in step.reads), *step.extra_reads]
 
 
-def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int]) -> Plan:
-    """Give each temporary buffer of a schedule a slot."""
+def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int], private: Set[Buffer] = frozenset()) -> Plan:
+    """Give each temporary buffer of a schedule a slot; private buffers share with private ones only."""
     plan = Plan()
     last_use: dict[Buffer, int] = {}
     for number, step in enumerate(schedule.steps):
@@ -64,27 +65,29 @@ def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int]) -> Plan:
         for buffer in written:
             if buffer.kind != "temporary" or buffer in plan.places:
                 continue
-            donor = _donor(step, buffer, dying)
+            own = buffer in private
+            donor = _donor(step, buffer, [b for b in dying if (b in private) == own])
             if donor is not None:
                 dying.remove(donor)
                 plan.in_place.append(buffer)
                 plan.places[buffer] = plan.places[donor]
             else:
-                plan.places[buffer] = _take(plan, free, buffer, hints)
+                plan.places[buffer] = _take(plan, free, buffer, hints, own)
         free += [plan.places[b] for b in dying]
         free += [plan.places[b] for b in written if b in plan.places and last_use[b] == number]
     return plan
 
 
-def _take(plan: Plan, free: list[int], buffer: Buffer, hints: Mapping[sympy.Symbol, int]) -> int:
+def _take(plan: Plan, free: list[int], buffer: Buffer, hints: Mapping[sympy.Symbol, int], private: bool) -> int:
     """The free slot that fits best, or a new one."""
+    usable = [i for i in free if plan.slots[i].private == private]
     size, hint = sympy.expand(buffer.num_bytes), _at(buffer.num_bytes, hints)
     # A slot that held this very size before; else the one that grows or wastes least.
-    best = min(free, key=lambda i: (size not in plan.slots[i].sizes, abs(plan.slots[i].hint - hint)), default=None)
+    best = min(usable, key=lambda i: (size not in plan.slots[i].sizes, abs(plan.slots[i].hint - hint)), default=None)
     if best is not None and size not in plan.slots[best].sizes and not _worth(plan.slots[best].hint, hint):
         best = None
     if best is None:
-        plan.slots.append(Slot())
+        plan.slots.append(Slot(private=private))
         best = len(plan.slots) - 1
     else:
         free.remove(best)

@@ -9,7 +9,9 @@ import sympy
 
 from irc.core.program import Program
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
-from irc.lowering.cpp.printer import PrintedFunction, print_kernel
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_kernel
+from irc.lowering.cpu.barriers import Private, Step, with_barriers
 from irc.lowering.cpu.memory import ALIGNMENT, Plan, touched
 from irc.lowering.cpu.sites.registry import print_template
 from irc.lowering.cpu.weights import WeightBlock
@@ -47,21 +49,15 @@ class SourceText:
         text: the C++ source.
         num_functions: kernels printed, after those of equal text became one.
         num_barriers: times that the workers meet in a step.
+        num_barriers_alone: the same with one token.
         parts: what each step of the program is, for a profile.
     """
 
     text: str
     num_functions: int
     num_barriers: int
+    num_barriers_alone: int
     parts: tuple[str, ...] = ()
-
-
-@dataclass
-class _Step:
-    comment: list[str]
-    statement: str
-    writes: set[str]
-    reads: set[str]
 
 
 @dataclass
@@ -81,38 +77,43 @@ class _Functions:
 
 
 def print_program(
-    program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int], *,
-    profile: bool = False,
+    program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int],
+    private: Private | None = None, *, profile: bool = False,
 ) -> SourceText:  # fmt: skip
     """The source of a scheduled program.
 
     Args:
         weights: gets the weights that the steps read; offsets are part of the text.
         dims: dimension → its place among the sizes.
+        private: what workers compute for themselves with one token; `plan` was made for it.
         profile: measure each step's time, which then ends at a barrier.
     """
+    private = private or Private()
     functions, includes, scratch = _Functions(), list(_INCLUDES), list[str]()
     pointers = _Pointers(program, schedule, plan, weights)
-    steps: list[_Step] = []
+    steps: list[Step] = []
     for step in schedule.steps:
         writes, reads = touched(step)
         made = print_kernel(step) if isinstance(step, Kernel) else print_template(step, program, weights)
         includes += [i for i in made.includes if i not in includes]
         scratch += [made.scratch] if made.scratch else []
         arguments = [pointers.argument(a) for a in made.arguments]
-        statement, comment = made.call(functions.name_of(made), arguments), list(made.comment)
-        steps.append(_Step(comment, statement, {pointers.place(b) for b in writes}, {pointers.place(b) for b in reads}))
+        worker = "own" if isinstance(step, Kernel) and step.name in private.kernels else "worker"
+        statement, comment = made.call(functions.name_of(made), arguments, worker), list(made.comment)
+        written = {pointers.place(b) for b in writes} | ({"scratch"} if made.scratch else set())
+        steps.append(Step(comment, statement, written, {pointers.place(b) for b in reads}))
     steps += _copies(program, schedule, pointers)
+    profile = profile and bool(steps)
     if profile:
-        for number, step in enumerate(steps):
-            step.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
+        for number, one in enumerate(steps):
+            one.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
         includes.append("irc/profile.h")
-    lines, barriers = _with_barriers(steps)
+    lines, barriers, barriers_alone = with_barriers(steps, {pointers.place(b) for b in private.buffers})
     sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
-    layout, total = _layout(plan, scratch)
+    layout, total = _layout(plan, scratch, private)
     text = "".join(f"#include {_include(i)}\n" for i in includes)
     text += f"\nnamespace {{\n\n// Program {program.name}.\n\n"
-    text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile and steps else ""
+    text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile else ""
     text += "\n".join(functions.texts)
     text += "\nstruct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
     text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
@@ -122,13 +123,15 @@ def print_program(
     text += "void step(irc::Worker& worker, const Arguments& arguments) {\n"
     text += "    const int64_t* const sizes = arguments.sizes;\n"
     text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
-    started = ["    times.start(worker.index);"] if profile and steps else []
+    layout += _OWN_WORKER
+    started = ["    times.start(worker.index);"] if profile else []
     text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *started, *lines])
-    text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if started else "")
-    return SourceText(text, len(functions.texts), barriers, tuple(_part(step) for step in steps) if started else ())
+    text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if profile else "")
+    parts = tuple(_part(step) for step in steps) if profile else ()
+    return SourceText(text, len(functions.texts), barriers, barriers_alone, parts)
 
 
-def _part(step: _Step) -> str:
+def _part(step: Step) -> str:
     """A step in a profile: its function, and the last node that it computes."""
     return step.statement.split("(", 1)[0] + (f": {step.comment[-1]}" if step.comment else "")
 
@@ -140,7 +143,8 @@ class _Pointers:
         self._inputs = {name: i for i, name in enumerate(n.name for n in program.placeholders)}
         self._program, self._schedule, self._plan, self._weights = program, schedule, plan, weights
         self._names: dict[Buffer, str] = {}
-        self._taken = {"worker", "arguments", "sizes", "workers", "arena", "scratch", *program.dims}
+        self._taken = {"worker", "arguments", "sizes", "workers", "arena", "scratch", "alone", "own", "by_itself",
+                       *program.dims}  # fmt: skip
         self._lines: list[str] = []
 
     def of(self, buffer: Buffer) -> str:
@@ -174,15 +178,17 @@ class _Pointers:
         if buffer.kind == "output":
             number = next(i for i, b in enumerate(self._schedule.outputs) if b is buffer)
             return f"arguments.outputs[{number}]"
-        return f"arguments.arena + slot{self._plan.places[buffer]}"
+        place = self._plan.places[buffer]
+        own = f" + worker.index * own{place}" if self._plan.slots[place].private else ""
+        return f"arguments.arena + slot{place}{own}"
 
     def declarations(self) -> list[str]:
         return self._lines
 
 
-def _copies(program: Program, schedule: Schedule, pointers: _Pointers) -> list[_Step]:
+def _copies(program: Program, schedule: Schedule, pointers: _Pointers) -> list[Step]:
     """Outputs that are inputs, weights, or the same as another output."""
-    steps = []
+    steps: list[Step] = []
     for i, buffer in enumerate(schedule.outputs):
         if not isinstance(buffer, Buffer) or i in schedule.in_place:
             continue
@@ -191,40 +197,33 @@ def _copies(program: Program, schedule: Schedule, pointers: _Pointers) -> list[_
             continue
         size = size_text(buffer.num_bytes, {})
         statement = f"if (worker.index == 0) std::memcpy(arguments.outputs[{i}], {pointers.of(buffer)}, {size});"
-        steps.append(_Step([f"output {i}"], statement, {f"output {i}"}, {pointers.place(buffer)}))
+        steps.append(Step([f"output {i}"], statement, {f"output {i}"}, {pointers.place(buffer)}))
     return steps
 
 
-def _with_barriers(steps: list[_Step]) -> tuple[list[str], int]:
-    """The statements, with a barrier wherever one step needs what another worker may not have finished."""
-    lines, count = [], 0
-    written: set[str] = set()
-    read: set[str] = set()
-    for step in steps:
-        if step.reads & written or step.writes & (written | read):
-            lines.append("    worker.barrier();")
-            count += 1
-            written, read = set(), set()
-        written |= step.writes
-        read |= step.reads
-        lines += [f"    // {text}" for text in step.comment]
-        lines.append(f"    {step.statement}")
-    return lines, count
+# What computes kernels of one row: the worker with the others, or by itself.
+_OWN_WORKER = [
+    "    irc::Worker by_itself;",
+    "    [[maybe_unused]] irc::Worker& own = alone ? by_itself : worker;",
+]
 
 
-def _layout(plan: Plan, scratch: list[str]) -> tuple[list[str], str]:
+def _layout(plan: Plan, scratch: list[str], private: Private) -> tuple[list[str], str]:
     """Declarations of the slots' offsets, and the arena's size."""
-    lines, previous = [], "0"
+    alone = " && ".join(f"int64_t({size_text(rows, {})}) == 1" for rows in private.rows) or "true"
+    lines, previous = [f"    [[maybe_unused]] const bool alone = {alone if private.kernels else 'false'};"], "0"
     for i, slot in enumerate(plan.slots):
         size = size_text(slot.sizes[0], {})
         for other in slot.sizes[1:]:
             size = f"irc::max_of({size}, {size_text(other, {})})"
-        lines.append(f"    const int64_t slot{i} = {previous};")
-        lines.append(f"    (void)slot{i};")
-        previous = f"slot{i} + irc::round_up({size}, {ALIGNMENT})"
+        size = f"irc::round_up({size}, {ALIGNMENT})"
+        lines.append(f"    [[maybe_unused]] const int64_t slot{i} = {previous};")
+        if slot.private:
+            lines.append(f"    [[maybe_unused]] const int64_t own{i} = alone ? {size} : 0;")
+            size = f"(alone ? workers * own{i} : {size})"
+        previous = f"slot{i} + {size}"
     if scratch:
-        lines.append(f"    const int64_t scratch = {previous};")
-        lines.append("    (void)scratch;")
+        lines.append(f"    [[maybe_unused]] const int64_t scratch = {previous};")
         largest = scratch[0]
         for other in dict.fromkeys(scratch[1:]):
             largest = f"irc::max_of({largest}, {other})"

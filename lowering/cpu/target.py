@@ -16,6 +16,7 @@ from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_nam
 from irc.lowering.cpp.build import find_compiler, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact
+from irc.lowering.cpu.barriers import find_private
 from irc.lowering.cpu.memory import plan_memory
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.prepare import fold_constants
@@ -57,12 +58,14 @@ class CpuTarget(Target):
         schedule = make_schedule(own, _matchers(chosen))
         _require_printable(schedule)
         weights = WeightBlock()
-        plan = plan_memory(schedule, hints_of(own))
-        printed = print_program(own, schedule, plan, weights, dims_of(own), profile=chosen.profile)
+        private = find_private(schedule)
+        plan = plan_memory(schedule, hints_of(own), private.buffers)
+        printed = print_program(own, schedule, plan, weights, dims_of(own), private, profile=chosen.profile)
         kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
         notes.append(
             f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
             f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
+            f" ({printed.num_barriers_alone} with one token)"
         )
         manifest = _manifest(own, schedule, weights, notes)
         if chosen.profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 
 import torch
@@ -35,10 +36,25 @@ class WeightBlock:
 
     def bytes(self) -> Tensor:
         """u8[num_bytes]; the parts are given up, so that memory holds them once."""
-        block = torch.zeros(max(self.num_bytes, ALIGNMENT), dtype=torch.uint8)
+        block = large_memory(max(self.num_bytes, ALIGNMENT))
         for name, offset in self.offsets.items():
             tensor = self.parts.pop(name)
             size = tensor.numel() * tensor.element_size()
             if size:
                 block[offset : offset + size] = tensor.contiguous().reshape(-1).view(torch.uint8)
         return block
+
+
+def large_memory(num_bytes: int) -> Tensor:
+    """u8[num_bytes] of zeros, in huge pages where the system has them.
+
+    A step reads all weights: with small pages, finding each page takes a tenth to a third of the time (measured under
+    virtualization, where a page is looked up twice).
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without huge pages: small ones do, slower
+            pass
+    return torch.frombuffer(memory, dtype=torch.uint8)

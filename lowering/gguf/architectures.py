@@ -133,13 +133,13 @@ TABLE: tuple[Architecture, ...] = (
         name="gemma", activation="gelu", free_head_dim=True, embedding_scale="sqrt", head=NEVER,
     ),
     Architecture(
-        name="olmo2", head_norm=("rms", "all"), norms=("attn_post", "ffn_post"),
+        name="olmo2", head_norm=("rms", "all"), norms=("attn_post", "ffn_post"), head=ALWAYS,
     ),
     Architecture(
         name="qwen3moe", head_norm=("rms", "head"), free_head_dim=True, experts=ALWAYS, biases=_QKV_MAYBE,
     ),
     Architecture(
-        name="olmoe", head_norm=("rms", "all"), experts=ALWAYS, experts_normalized=False,
+        name="olmoe", head_norm=("rms", "all"), experts=ALWAYS, experts_normalized=False, head=ALWAYS,
     ),
     Architecture(
         name="qwen3", head_norm=("rms", "head"), free_head_dim=True, biases=_QKV_MAYBE,

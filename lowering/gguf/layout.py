@@ -77,6 +77,8 @@ class _Layout:
         if not entry.causal:
             # llama.cpp: pooling 0 gives the hidden state of each token.
             values |= {"attention.causal": False, "pooling_type": 0}
+            types = self.model.token_types
+            self.out.metadata["tokenizer.ggml.token_type_count"] = 1 if types is None else int(types.meta[VAL].shape[0])
         if "parallel-2" in entry.block and "sequential" in entry.block:
             values["use_parallel_residual"] = model.layers[0].parallel
         self._scales(values)

@@ -106,6 +106,14 @@ class Definer:
     def dtype(self, node: fx.Node) -> str:
         return dtype_name(node.meta[VAL].dtype)
 
+    def axes(self, node: fx.Node, tag: str = "") -> tuple[At, tuple[tuple[sympy.Symbol, sympy.Expr], ...]]:
+        """(an index of symbols over the node's shape, (symbol, extent) of each axis)."""
+        shape = self.shape(node)
+        # An axis of one element has no index.
+        symbols = tuple(ZERO if size == 1 else index_symbol(f"{node.name}{tag}.{i}") for i, size in enumerate(shape))
+        self.ranges.update((s, size) for s, size in zip(symbols, shape, strict=True) if s != 0)
+        return symbols, tuple(zip(symbols, shape, strict=True))
+
     def value(self, node: fx.Node, index: At) -> Value:
         """The node's value at an index; sizes are values without index."""
         key = (node, index)

@@ -31,6 +31,8 @@ CONSECUTIVE = "consecutive_positions"
 """In it: true when the positions of a step must count up by one in each row."""
 WRITES_PART = "writes_part_of_caches"
 """In it: true when new caches hold only what has been written, unless they are the same memory as the old."""
+INTERFACE = "interface"
+"""In it: whose inputs and outputs the model has, where they are not the program's."""
 _EXTERNAL_BYTES = 1_900_000_000
 """Weights beyond this go to a file of their own: an ONNX file cannot exceed 2 GB."""
 

@@ -72,10 +72,20 @@ def export_model(program: Program, setting: Setting) -> ir.Model:
     assert made is not None
     model = made.model
     quantized.lower_opaque(model)
+    _drop_statistics(model)
     _name_dimensions(model, _symbol_names(own, exported))
     model.graph.name = program.name
     model.metadata_props[METADATA] = json.dumps(_description(program, setting, model))
     return model
+
+
+def _drop_statistics(model: ir.Model) -> None:
+    """Results of norms that nothing uses are left out, so that the runtime does not compute them."""
+    for node in model.graph:
+        if node.op_type == "SkipSimplifiedLayerNormalization":
+            for out in node.outputs[1:]:
+                if not out.uses() and not out.is_graph_output():
+                    out.name = ""
 
 
 def output_names(program: Program) -> list[str]:

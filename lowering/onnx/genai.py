@@ -7,20 +7,24 @@ those inputs: positions are counted back from the sum of the mask.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch.fx as fx
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
 from irc.core.program import VAL, Program
+from irc.lowering.onnx.artifact import INTERFACE, METADATA
 
 PAST = ("past_key_values.%d.key", "past_key_values.%d.value")
 PRESENT = ("present.%d.key", "present.%d.value")
 MASK = "attention_mask"
 _GQA = "GroupQueryAttention"
+_QUERY_LENGTHS = 16
 _LENGTHS = ("past_sequence_length", "total_sequence_length")
 
 
@@ -44,10 +48,19 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
     mask = ir.Value(
         name=MASK, shape=ir.Shape([ids.shape[0], _LENGTHS[1]]), type=ir.TensorType(ir.DataType.INT64)  # type: ignore[index]
     )  # fmt: skip
-    nodes, new_positions, new_wanted = _positions(graph, ids, mask)
-    for old, new in ((positions, new_positions), (wanted, new_wanted)):
-        old.replace_all_uses_with(new)
-    graph.insert_before(graph[0], nodes)
+    prelude = Prelude(graph, ids, mask)
+    last, longest = prelude.lengths()
+    new_tokens = prelude.new_tokens()
+    for node in layers:
+        node.replace_input_with(5, last)
+        node.replace_input_with(6, longest)
+        if len(node.inputs) > _QUERY_LENGTHS:
+            node.replace_input_with(_QUERY_LENGTHS, new_tokens)
+    _keep_every_token(graph, wanted)
+    for old, make in ((positions, prelude.positions), (wanted, prelude.every_token)):
+        if list(old.uses()):
+            old.replace_all_uses_with(make())
+    graph.insert_before(graph[0], prelude.nodes)
     ordered = []
     for index, node in enumerate(layers):
         for side in range(2):
@@ -63,6 +76,9 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
     logits = graph.outputs[0]
     logits.shape = ir.Shape([ids.shape[0], ids.shape[1], logits.shape[2]])  # type: ignore[index]
     ids.name, logits.name = "input_ids", "logits"
+    # What is said about the caches is about a step's inputs; who reads the file should know that these are others.
+    described = json.loads(model.metadata_props[METADATA])
+    model.metadata_props[METADATA] = json.dumps(described | {INTERFACE: "onnxruntime-genai"})
 
 
 def _replace(values: Any, new: Sequence[ir.Value]) -> None:
@@ -71,34 +87,84 @@ def _replace(values: Any, new: Sequence[ir.Value]) -> None:
     values.extend(new)
 
 
-def _positions(graph: ir.Graph, ids: ir.Value, mask: ir.Value) -> tuple[list[ir.Node], ir.Value, ir.Value]:
-    """Nodes that count: (positions [B, S], every token's index [B, S])."""
-    nodes: list[ir.Node] = []
+def _keep_every_token(graph: ir.Graph, wanted: ir.Value) -> None:
+    """Choosing the hidden states of every token, in order, is choosing nothing."""
+    for node in [node for node in graph if node.op_type == "GatherElements" and _comes_from(node.inputs[1], wanted)]:
+        states = node.inputs[0]
+        assert states is not None
+        if node.attributes["axis"].as_int() == 1 and states.shape is not None and len(states.shape) == 3:
+            node.outputs[0].replace_all_uses_with(states)
+    _remove_unused(graph)
 
-    def add(op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+
+def _comes_from(value: ir.Value | None, source: ir.Value) -> bool:
+    """Whether a value is that one, spread over further axes."""
+    while value is not None and value is not source:
+        node = value.producer()
+        if node is None or node.op_type not in ("Expand", "Unsqueeze"):
+            return False
+        value = node.inputs[0]
+    return value is source
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    """Nodes that nothing depends on, last ones first."""
+    for node in reversed(list(graph)):
+        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
+
+
+class Prelude:
+    """Nodes in front of a model: what a step is told about its tokens, from the ids [B, S] and the mask [B, P + S]."""
+
+    def __init__(self, graph: ir.Graph, ids: ir.Value, mask: ir.Value) -> None:
+        self.graph, self.ids, self.mask = graph, ids, mask
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         node = ir.node(op, inputs, attributes)
-        node.outputs[0].name = f"irc_genai_{len(nodes)}"
-        nodes.append(node)
+        node.outputs[0].name = f"irc_genai_{len(self.nodes)}"
+        self.nodes.append(node)
         return node.outputs[0]
 
-    def number(name: str, values: list[int], shape: list[int]) -> ir.Value:
-        import numpy as np
+    def number(self, name: str, values: list[int], shape: list[int]) -> ir.Value:
+        name = f"irc_genai_{name}"
+        if name not in self.graph.initializers:
+            tensor = ir.Tensor(np.array(values, np.int64).reshape(shape), name=name)
+            kind = ir.TensorType(ir.DataType.INT64)
+            self.graph.initializers[name] = ir.Value(name=name, shape=ir.Shape(shape), type=kind, const_value=tensor)
+        return self.graph.initializers[name]
 
-        tensor = ir.Tensor(np.array(values, np.int64).reshape(shape), name=f"irc_genai_{name}")
-        value = ir.Value(
-            name=tensor.name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-        )
-        graph.initializers[tensor.name] = value  # type: ignore[index]
-        return value
+    def lengths(self) -> tuple[ir.Value, ir.Value]:
+        """(last position of each row [B], longest sequence []), i32."""
+        one = self.number("one", [1], [1])
+        last = self.add("Sub", self.add("ReduceSum", self.mask, one, keepdims=0), one)
+        longest = self.add("Squeeze", self.add("Shape", self.mask, start=1, end=2))
+        to = ir.DataType.INT32
+        return self.add("Cast", last, to=to), self.add("Cast", longest, to=to)
 
-    one, zero = number("one", [1], [1]), number("zero", [0], [])
-    length = add("ReduceSum", mask, one, keepdims=1)
-    sizes = add("Shape", ids)
-    tokens = add("Gather", sizes, one, axis=0)
-    step = add("Squeeze", one)
-    every = add("Range", zero, add("Squeeze", tokens), step)
-    positions = add("Add", add("Sub", length, tokens), every)
-    return nodes, positions, add("Expand", every, sizes)
+    def new_tokens(self) -> ir.Value:
+        """New tokens of each row [B], i32."""
+        tokens = self.add("Cast", self.add("Shape", self.ids, start=1, end=2), to=ir.DataType.INT32)
+        return self.add("Expand", tokens, self.add("Shape", self.ids, start=0, end=1))
+
+    def positions(self) -> ir.Value:
+        """Position of each token [B, S]."""
+        one = self.number("one", [1], [1])
+        length = self.add("ReduceSum", self.mask, one, keepdims=1)
+        tokens = self.add("Shape", self.ids, start=1, end=2)
+        return self.add("Add", self.add("Sub", length, tokens), self._count(tokens))
+
+    def every_token(self) -> ir.Value:
+        """Index of each token [B, S]."""
+        tokens = self.add("Shape", self.ids, start=1, end=2)
+        return self.add("Expand", self._count(tokens), self.add("Shape", self.ids))
+
+    def _count(self, tokens: ir.Value) -> ir.Value:
+        zero, step = self.number("zero", [0], []), self.number("step", [1], [])
+        return self.add("Range", zero, self.add("Squeeze", tokens), step)
 
 
 def config(

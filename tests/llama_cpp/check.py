@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.calibration import CalibrationData
+from irc.core.errors import IrcError
 from irc.core.program import Program
 from irc.core.storage import load, save
 from irc.lowering.gguf import export_gguf, importance_matrix
@@ -32,30 +33,11 @@ from irc.lowering.gguf.importing import build_module
 from irc.lowering.gguf.quantizers import quantize_rows
 from irc.lowering.gguf.reading import TYPE_NAMES, read_file
 from irc.view.sections import write_section
+from tests.llama_cpp import models
 
 VERSION = "0.3.36"
 ROOT = Path(__file__).parent.parent.parent
 GREEDY, F32_BOUND = 32, 1e-3
-ZOO = (
-    "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "phi3", "gpt2", "gpt-neox", "falcon", "stablelm", "olmo2",
-    "granite", "phi", "gemma3",
-)  # fmt: skip
-# As in the zoo, but with windows that the architectures have, or none, so that 32 tokens can be compared.
-_SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
-EXTRA: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mixtral, no window": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "phi3, no window": ("Phi3ForCausalLM", "Phi3Config", {"partial_rotary_factor": 0.5}),
-    "gemma2": (
-        "Gemma2ForCausalLM", "Gemma2Config",
-        {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
-         "query_pre_attn_scalar": 12},
-    ),
-    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", {"use_bias": True}),
-}  # fmt: skip
-HAND_WRITTEN = ("odd", "plain", "pruned")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0", "q3_k_m", "q2_k")
 # Largest error of the demo's logits between llama.cpp and irc on the same file, relative to the largest logit.
 # llama.cpp rounds activations to 8 bits in front of quantized weights; irc computes in f32.
@@ -68,16 +50,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".llama-cpp")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/accuracy.md")
-    parser.add_argument("--architectures-only", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, and no types")
     parser.add_argument("--windows", type=int, default=12, help="windows of 256 tokens for the perplexities")
     given = parser.parse_args()
     check = Check(given.folder, given.windows)
-    tables = [check.architectures()]
-    if not given.architectures_only:
+    tables = [check.architectures(given.only or [*models.ZOO, *models.HAND_WRITTEN, *models.EXTRA])]
+    if not given.only:
         tables += [check.types(), check.quantizers()]
     text = "\n\n".join(tables)
     print(text)
-    if given.write and not given.architectures_only:
+    if given.write and not given.only:
         write_section(ROOT / "docs" / "accuracy.md", "gguf", _TITLE + text)
     for problem in check.problems:
         print("FAILED:", problem, file=sys.stderr)
@@ -137,29 +119,39 @@ class Check:
 
     # ---------------------------------------------------------------- architectures
 
-    def architectures(self) -> str:
-        programs = {name: self.program(name, lambda name=name: _zoo(name)) for name in ZOO}  # type: ignore[misc]
-        programs |= {name: self.program(name, lambda name=name: _own(name)) for name in HAND_WRITTEN}  # type: ignore[misc]
-        programs |= {name: self.program(name, lambda name=name: _extra(name)) for name in EXTRA}  # type: ignore[misc]
+    def architectures(self, names: Sequence[str]) -> str:
+        programs = {name: self.program(name, lambda name=name: models.program(name)) for name in names}  # type: ignore[misc]
         jobs, found = {}, {}
         for name, program in programs.items():
-            found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
-            tokens = torch.randint(4, 64, (5,), generator=torch.Generator().manual_seed(0)).tolist()
-            jobs[name] = {"path": str(found[name].path), "tokens": tokens, "greedy": self.length(found[name].path)}
-        answers, out = self.run(jobs)
-        rows = []
-        for name, program in programs.items():
-            if "error" in answers[name]:
+            try:
+                found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
+            except IrcError as error:
+                self.problems.append(f"{name}: {error}")
                 continue
-            tokens = torch.tensor([jobs[name]["tokens"]])
-            error = _relative(program.run(tokens)[0][0], np.load(out / name / "logits.npy"))
-            same = _greedy(program, tokens, jobs[name]["greedy"]) == answers[name]["greedy"]
-            if not same or error > F32_BOUND:
-                self.problems.append(f"{name}: error {error:.1e}, greedy tokens {'the same' if same else 'differ'}")
-            verdict = f"{jobs[name]['greedy']} {'same' if same else 'DIFFER'}"
-            rows.append(f"| {name} | {found[name].architecture} | {error:.1e} | {verdict} |")
+            tokens = torch.randint(4, 64, (5,), generator=torch.Generator().manual_seed(0)).tolist()
+            jobs[name] = {"path": str(found[name].path), "tokens": tokens, "encoder": name in models.ENCODERS}
+            if name not in models.ENCODERS:
+                jobs[name]["greedy"] = self.length(found[name].path)
+        answers, out = self.run(jobs)
+        rows = [
+            self.architecture_row(name, found[name].architecture, programs[name], jobs[name], answers[name], out)
+            for name in found
+        ]
         head = "| model | architecture | largest error of the logits | greedy tokens |\n| --- | --- | --- | --- |\n"
-        return _ARCHITECTURES + head + "\n".join(rows)
+        return _ARCHITECTURES + head + "\n".join(filter(None, rows))
+
+    def architecture_row(
+        self, name: str, architecture: str, program: Program, job: dict[str, Any], answer: dict[str, Any], out: Path
+    ) -> str:
+        if "error" in answer:
+            return ""
+        tokens = torch.tensor([job["tokens"]])
+        error = _relative(program.run(tokens)[0][0], np.load(out / name / "logits.npy"))
+        same = "greedy" not in job or _greedy(program, tokens, job["greedy"]) == answer["greedy"]
+        if not same or error > F32_BOUND:
+            self.problems.append(f"{name}: error {error:.1e}, greedy tokens {'the same' if same else 'differ'}")
+        verdict = f"{job['greedy']} {'same' if same else 'DIFFER'}" if "greedy" in job else "–"
+        return f"| {name} | {architecture} | {error:.1e} | {verdict} |"
 
     def length(self, path: Path) -> int:
         """How many tokens to compare: a window that stands for a context length must not be left."""
@@ -240,7 +232,8 @@ class Check:
 
 _TITLE = "## GGUF files, read by llama.cpp and by irc\n\n`make llama-cpp` computes this section.\n\n"
 _ARCHITECTURES = (
-    "Tiny random models as f32 files (keys and values kept in f32): logits of five tokens against the program's own,"
+    "Tiny random models as f32 files (keys and values kept in f32): logits (an encoder: hidden states) of five tokens"
+    " against the program's own,"
     " relative to the largest, and greedy tokens after them (fewer where a window stands for the context length)."
     " GELU in llama.cpp is the tanh form, out of a table of half floats.\n\n"
 )
@@ -252,29 +245,6 @@ _QUANTIZERS = (
     "irc's quantizers against llama.cpp's on 64 × 1024 normal numbers: bytes that are equal, and the root mean square"
     " error over the numbers' own size.\n\n"
 )
-
-
-def _zoo(name: str) -> Program:
-    from tests.zoo import captured
-
-    return captured(name)
-
-
-def _extra(name: str) -> Program:
-    import transformers
-
-    from irc.frontend import capture
-
-    model, config, options = EXTRA[name]
-    torch.manual_seed(0)
-    built = getattr(transformers, model)(getattr(transformers, config)(**_SMALL, **options)).eval()
-    return capture(built, dynamic={"input_ids": {0: "B", 1: "S"}}, name=name)
-
-
-def _own(name: str) -> Program:
-    from tests.lowering.gguf.models import program
-
-    return program(name)
 
 
 def _demo() -> Program:

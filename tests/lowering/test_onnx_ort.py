@@ -182,3 +182,12 @@ def test_the_report_counts_fused_operators() -> None:
     assert coverage.supported["MatMulNBits"] == 8
     assert coverage.supported["GroupQueryAttention"] == 1
     assert "irc.attention" not in coverage.supported
+
+
+def test_only_the_rows_looked_up_are_dequantized() -> None:
+    passes = "quantize-weights{bits=4,group-size=16,include-embeddings=true},insert-kv-cache{max-length=32}"
+    artifact = ONNX.lower(steps.step(passes), ORT)
+    found = kinds(artifact)
+    assert (found["GatherBlockQuantized"], found["DequantizeLinear"]) == (1, 0)
+    check = artifact.verify(steps.step(passes))
+    assert check.passed, str(check)

@@ -107,7 +107,7 @@ def _described(value: Any, name: str, sizes: dict[str, int]) -> tuple[dict[int, 
             continue
         label = re.sub(r"\W+", "_", dim.dim_param).strip("_") or f"{name}_{axis}"
         label = f"d{label}" if label[0].isdigit() else label
-        sizes.setdefault(label, _SIZES[len(sizes) % len(_SIZES)])
+        sizes.setdefault(label, _size(dim.dim_param, label, sizes))
         found[axis] = label
         shape.append(sizes[label])
     total = 1
@@ -116,6 +116,16 @@ def _described(value: Any, name: str, sizes: dict[str, int]) -> tuple[dict[int, 
     if total > _MOST_NUMBERS:
         raise StorageError(f"input {value.name!r} of shape {shape} is too large for an example: give example_inputs")
     return found, shape, DTYPES[text]
+
+
+def _size(text: str, label: str, sizes: dict[str, int]) -> int:
+    """An example of a named size: of its own, or the sum of others, as decoders with past keys declare it."""
+    parts = [part.strip() for part in text.split("+")]
+    if label == "total_sequence_length" and sizes:  # of the keys: the past ones, and those of the tokens listed before
+        parts = ["past_sequence_length", "sequence_length" if "sequence_length" in sizes else list(sizes)[-1]]
+    if len(parts) < 2:
+        return _SIZES[len(sizes) % len(_SIZES)]
+    return sum(sizes.setdefault(part, _SIZES[len(sizes) % len(_SIZES)]) for part in parts)
 
 
 def _example(name: str, shape: list[int], dtype: torch.dtype, model: Any) -> Tensor:
@@ -142,7 +152,7 @@ def _restore_cache(program: Program, model: Any) -> None:
         return
     try:
         found = json.loads(text)
-        entry = found.get(METADATA_KEY) if isinstance(found, Mapping) else None
+        entry = found.get(METADATA_KEY) if isinstance(found, Mapping) and "interface" not in found else None
         aliases = {int(k): int(v) for k, v in found.get("aliases", {}).items()} if entry else {}
         cache = KVCache.from_metadata({METADATA_KEY: entry}) if entry else None
     except (ValueError, TypeError, AttributeError, RecursionError, IrcError) as error:

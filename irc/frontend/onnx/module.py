@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class OnnxModule(nn.Module):
         self.inputs = [value for value in model.graph.input if value.name not in stored]
         self.input_names = identifiers(value.name for value in self.inputs)
         self._outputs = [value.name for value in model.graph.output]
+        self._shapes = {value.name: _shape(value) for value in (*model.graph.input, *model.graph.output)}
         self._nodes = [(node, _attributes(node, folder)) for node in model.graph.node]
         for node, attributes in self._nodes:
             if node.op_type == "Constant" and isinstance(attributes.get("value"), Tensor):
@@ -99,6 +100,8 @@ class OnnxModule(nn.Module):
         """What an operator should know beside its inputs."""
         if node.op_type == "DequantizeLinear" and node.input[0] in self._four_bits:
             return {"irc_four_bits": True}
+        if node.op_type == "GroupQueryAttention":
+            return {"irc_grows": _grows(self._shapes, node)}
         if node.op_type == "Split":
             return {"irc_outputs": len(node.output)}
         if node.op_type == "MatMul" and node.input[1] in self._turned:
@@ -207,6 +210,19 @@ def _turned_names(graph: Any) -> dict[str, str]:
         if node.op_type == "Transpose" and order == [1, 0] and node.input and node.output:
             found[node.output[0]] = node.input[0]
     return found
+
+
+def _shape(value: Any) -> list[Any]:
+    """Sizes and names of sizes, as declared; None where nothing is said."""
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
+
+
+def _grows(shapes: Mapping[str, list[Any]], node: Any) -> bool:
+    """Whether the keys that an attention gives are declared to be more than those that it gets."""
+    past = shapes.get(node.input[3]) if len(node.input) > 3 else None
+    present = shapes.get(node.output[1]) if len(node.output) > 1 else None
+    return not past or not present or past[2] is None or past[2] != present[2]
 
 
 def _as_tensor(value: Value, name: str) -> Tensor:

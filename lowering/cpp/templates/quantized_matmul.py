@@ -92,12 +92,13 @@ def pack(
     scale = _exact_scale(scale, problem.scale).expand(problem.columns, -1)
     if zero_point is not None:
         zero_point = zero_point.expand(problem.columns, -1)
-    parts = []
+    packed = torch.empty(packed_bytes(problem), dtype=torch.uint8)
+    panels = packed.view(-(-problem.columns // PANEL), _sizes(chosen, problem.depth)[2], -1)
     for start in range(0, problem.columns, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         zero = None if zero_point is None else zero_point[rows]
-        parts.append(_pack_rows(chosen, stored[rows], scale[rows], zero))
-    return torch.cat(parts)
+        _pack_rows(panels[start // PANEL :], chosen, stored[rows], scale[rows], zero)
+    return packed
 
 
 def packed_bytes(problem: MatmulProblem) -> int:
@@ -175,38 +176,59 @@ def _exact_scale(scale: Tensor, wanted: str) -> Tensor:
     return packed
 
 
-def _pack_rows(chosen: formats.QuantFormat, stored: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    values = pad_to(chosen.unpack(stored), 1, 8)
+def _pack_rows(
+    panels: Tensor, chosen: formats.QuantFormat, stored: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> None:
+    """Rows into the first of `panels` [panels, groups, bytes of a group]."""
+    groups = scale.shape[1]
     zeros = torch.zeros(scale.shape, dtype=torch.int16) if zero_point is None else zero_point.to(torch.int16)
     if chosen.bits <= 4:
         shift = 8 if chosen.signed else 0
-        lines = _nibble_lines((values + shift).to(torch.uint8), scale.shape[1])
+        quads = _nibble_quads(chosen, stored, shift)
         zeros = zeros + shift
         largest = 16
     else:
         # 8 bits are packed signed, their zero points plus 128.
         shift = 0 if chosen.signed else -128
-        lines = _byte_lines((values + shift).to(torch.int8).view(torch.uint8), scale.shape[1])
+        quads = _byte_quads(chosen, stored)
         zeros = zeros + shift + 128
         largest = 255
-    pieces = [lines, as_bytes(by_panel(scale).transpose(1, 2))]
+    # A line: of 16 rows four bytes each.
+    lines = by_panel(quads).unflatten(2, (groups, -1)).permute(0, 2, 3, 1)
+    panels = panels[: lines.shape[0]]
+    line_bytes = lines.shape[2] * 4 * PANEL
+    panels[..., :line_bytes].unflatten(2, (-1, 4 * PANEL)).view(torch.int32).copy_(lines)
+    scales = as_bytes(by_panel(scale).transpose(1, 2))
+    panels[..., line_bytes : line_bytes + scales.shape[2]] = scales
     if zero_point is not None or not chosen.signed:
         if int(zeros.min()) < 0 or int(zeros.max()) > largest:
             found = f"{int(zeros.min())} to {int(zeros.max())}"
             raise TargetError(
                 f"zero points of {chosen} run over {found} (offset {shift}); 0 to {largest} can be packed"
             )
-        pieces.append(by_panel(zeros.to(torch.uint8)).transpose(1, 2))
-    return torch.cat(pieces, -1).flatten()
+        panels[..., line_bytes + scales.shape[2] :] = by_panel(zeros.to(torch.uint8)).transpose(1, 2)
 
 
-def _nibble_lines(values: Tensor, groups: int) -> Tensor:
-    """u8[N, K] below 16 → [panels, groups, bytes]: lines of 16 rows × 8 neighbours, the second four high."""
-    panels = by_panel(values).unflatten(2, (groups, -1, 2, 4))  # [P, 16, groups, lines, 2, 4]
-    both = panels[..., 0, :] | panels[..., 1, :] << 4
-    return both.permute(0, 2, 3, 1, 4).flatten(2)
+def _nibble_quads(chosen: formats.QuantFormat, stored: Tensor, shift: int) -> Tensor:
+    """i32[N, K / 8]: of 8 neighbours the first four in the low nibbles of 4 bytes, the others in the high ones."""
+    if chosen.packs_two and stored.shape[1] % 4 == 0:
+        eight = stored.contiguous().view(torch.int32)  # neighbour i in bits 4 i to 4 i + 3
+        return _spread(eight) | _spread(eight >> 16) << 4
+    values = pad_to((chosen.unpack(stored) + shift).to(torch.uint8), 1, 8, shift).unflatten(1, (-1, 2, 4))
+    return (values[:, :, 0] | values[:, :, 1] << 4).contiguous().view(torch.int32).squeeze(-1)
 
 
-def _byte_lines(values: Tensor, groups: int) -> Tensor:
-    """u8[N, K] → [panels, groups, bytes]: lines of 16 rows × 4 neighbours."""
-    return by_panel(values).unflatten(2, (groups, -1, 4)).permute(0, 2, 3, 1, 4).flatten(2)
+def _spread(x: Tensor) -> Tensor:
+    """The four nibbles of the low half of each i32, each into a byte of its own."""
+    x = x & 0xFFFF
+    x = (x | x << 8) & 0x00FF00FF
+    return (x | x << 4) & 0x0F0F0F0F
+
+
+def _byte_quads(chosen: formats.QuantFormat, stored: Tensor) -> Tensor:
+    """i32[N, K / 4]: 4 neighbours, signed."""
+    values = stored if chosen.bits == 8 else chosen.unpack(stored).to(torch.int8 if chosen.signed else torch.uint8)
+    values = values.view(torch.uint8)
+    if not chosen.signed:
+        values = values ^ 0x80
+    return pad_to(values, 1, 8).contiguous().view(torch.int32)

@@ -9,7 +9,8 @@ import torch.fx as fx
 
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
-from irc.lowering.cpp.printer import PrintedEpilogue, PrintedFunction, print_epilogue
+from irc.lowering.cpp.function import PrintedEpilogue, PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.definitions import At, Definer, convert, settle
 from irc.lowering.kernels.ops.pointwise import activation

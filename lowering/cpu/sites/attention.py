@@ -8,7 +8,7 @@ import torch.fx as fx
 from irc.core.program import Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
-from irc.lowering.cpp.printer import PrintedFunction
+from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpp.templates import attention as template
 from irc.lowering.cpp.templates.attention import AttentionProblem
 from irc.lowering.cpp.templates.base import C_TYPES

@@ -19,7 +19,8 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
-from irc.lowering.cpp.printer import PrintedFunction, print_epilogue
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import int8_conv2d as template
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions

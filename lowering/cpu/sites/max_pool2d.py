@@ -7,7 +7,8 @@ import torch.fx as fx
 
 from irc.core.program import Program
 from irc.core.target import op_name
-from irc.lowering.cpp.printer import PrintedFunction, print_epilogue
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import max_pool2d as template
 from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem

@@ -15,7 +15,8 @@ from irc.core import formats
 from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
-from irc.lowering.cpp.printer import PrintedFunction, print_epilogue
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import quantized_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpu.options import CpuOptions

@@ -9,7 +9,7 @@ from functools import partial
 import torch.fx as fx
 
 from irc.core.program import Program
-from irc.lowering.cpp.printer import PrintedFunction
+from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer

@@ -7,7 +7,7 @@ that divides it: then the group's scale is repeated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,14 +52,14 @@ def _why_not(setting: Setting, program: Program, node: fx.Node, weight: fx.Node)
         return "its input is quantized too"
     if x.meta[VAL].dtype != torch.float32 or weight.meta[VAL].dtype != torch.float32:  # type: ignore[union-attr]
         return "is used for f32 activations only"
-    if _block(chosen, int(weight.meta[VAL].shape[-1])) is None:
+    if block_of(chosen, int(weight.meta[VAL].shape[-1])) is None:
         return f"no block of a power of two from {_SMALLEST_BLOCK} on divides groups of {chosen}"
     if not installed.has_kernel(_OP, installed.CONTRIB, 1):
         return "this ONNX Runtime has no kernel for it"
     return None
 
 
-def _block(chosen: formats.QuantFormat, width: int) -> int | None:
+def block_of(chosen: formats.QuantFormat, width: int) -> int | None:
     """The operator's block: the largest power of two that divides a group."""
     group = chosen.group_size or width
     block = group & -group
@@ -95,11 +95,17 @@ class Packed:
         self.blocks, self.scales, self.zero_points = blocks, scales, zero_points
 
 
-def pack(chosen: formats.QuantFormat, stored: Tensor, scale: Tensor, zero_point: Tensor | None) -> Packed:
-    """The same integers and scales, as the operator stores them."""
+def pack(
+    chosen: formats.QuantFormat,
+    stored: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    containers: Sequence[int] = _CONTAINERS,
+) -> Packed:
+    """The same integers and scales, as the operator stores them; `containers`: widths that it has, in bits."""
     num_rows, width = chosen.logical_shape(tuple(stored.shape))
-    bits = next(b for b in _CONTAINERS if chosen.bits <= b)
-    block = _block(chosen, width)
+    bits = next(b for b in containers if chosen.bits <= b)
+    block = block_of(chosen, width)
     assert block is not None
     offset = 1 << (bits - 1) if chosen.signed else 0
     if chosen.packs_two:  # as the operator stores them

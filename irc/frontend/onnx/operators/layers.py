@@ -127,15 +127,6 @@ def rms_normalization(call: Call) -> Tensor:
     return torch.ops.irc.rms_norm(x, call.tensor(1), call.attribute("epsilon", 1e-5))
 
 
-@operator("SkipSimplifiedLayerNormalization", domain="com.microsoft")
-def skip_norm(call: Call) -> tuple[Any, ...]:
-    """(norm of the sum, -, -, the sum)."""
-    total = call.tensor(0) + call.tensor(1)
-    if call.has(3):
-        total = total + call.tensor(3)
-    return torch.ops.irc.rms_norm(total, call.tensor(2), call.attribute("epsilon", 1e-5)), None, None, total
-
-
 @operator("InstanceNormalization")
 def instance_normalization(call: Call) -> Tensor:
     """Each channel of each image by its own statistics."""
@@ -252,6 +243,15 @@ def pad(call: Call) -> Tensor:
 def gather_elements(call: Call) -> Tensor:
     """One element a place of the index."""
     return call.tensor(0).gather(call.attribute("axis", 0), call.tensor(1).long())
+
+
+@operator("GatherND")
+def gather_nd(call: Call) -> Tensor:
+    """The place, or slice, that each row of the index names."""
+    x, index = call.tensor(0), call.tensor(1).long()
+    if call.attribute("batch_dims", 0):
+        raise CaptureError(f"GatherND {call.name!r}: batch_dims is not read")
+    return x[tuple(index.unbind(-1))]
 
 
 @operator("ScatterElements")

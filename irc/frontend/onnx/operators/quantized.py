@@ -10,6 +10,7 @@ from torch import Tensor
 from irc.core.errors import CaptureError
 from irc.core.formats import QuantFormat
 from irc.frontend.onnx.calls import Call, operator
+from irc.frontend.onnx.operators.contrib import blocks
 
 
 @operator("DequantizeLinear")
@@ -91,20 +92,11 @@ def quantize_linear(call: Call) -> Tensor:
 @operator("MatMulNBits", domain="com.microsoft")
 def matmul_nbits(call: Call) -> Tensor:
     """linear(x, dequantize(blocks, scales, zero points)): 4 and 8 bits, in whole blocks."""
-    x, blocks, scales, zeros = call.tensor(0), call.tensor(1), call.tensor(2), call.maybe(3)
+    x, stored, scales, zeros = call.tensor(0), call.tensor(1), call.tensor(2), call.maybe(3)
     bits, block, width, rows = (call.attribute(n) for n in ("bits", "block_size", "K", "N"))
     bits = 4 if bits is None else bits
     if bits not in (4, 8) or width % block or call.has(4) or (zeros is not None and zeros.dtype != torch.uint8):
         raise CaptureError(f"MatMulNBits {call.name!r}: {bits} bits in blocks of {block} of {width} are not read")
-    count = width // block
-    form = QuantFormat(bits, group_size=block, symmetric=False, signed=False)
-    if zeros is None:
-        zeros = torch.full((rows, count), 1 << (bits - 1), dtype=torch.uint8)
-    elif bits == 4:
-        packed = zeros.reshape(rows, -1)
-        zeros = torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :count]
-    weight = torch.ops.irc.dequantize(
-        blocks.reshape(rows, -1), scales.reshape(rows, count), zeros.reshape(rows, count).contiguous(), format=str(form)
-    )
+    weight = blocks(stored.reshape(rows, -1), scales.reshape(rows, width // block), zeros, bits, block)
     bias: Any = call.maybe(5)
     return torch.nn.functional.linear(x, weight, bias)

@@ -76,4 +76,22 @@ inline void for_chunks(Worker& worker, std::int64_t chunks, Body&& body) {
     }
 }
 
+// Calls body(first, last) for blocks of up to `step` units of [0, units). Shares are cut at whole units, so that they
+// are even where blocks would be few; a worker's blocks follow each other in memory. Otherwise as for_chunks.
+template <class Body>
+inline void for_blocks(Worker& worker, std::int64_t units, std::int64_t step, Body&& body) {
+    if (worker.count > 1) ++worker.phase;
+    for (int turn = 0; turn < worker.count; ++turn) {
+        const int owner = (worker.index + turn) % worker.count;
+        const std::int64_t begin = units * owner / worker.count, end = units * (owner + 1) / worker.count;
+        const std::int64_t blocks = (end - begin + step - 1) / step;
+        for (std::int64_t next = 0;; ++next) {
+            const std::int64_t block = worker.count == 1 ? (next < blocks ? next : -1) : worker.take(owner, 0, blocks);
+            if (block < 0) break;
+            const std::int64_t first = begin + block * step;
+            body(first, first + step < end ? first + step : end);
+        }
+    }
+}
+
 }  // namespace irc

@@ -112,7 +112,8 @@ IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t g
     }
 }
 
-// One token against P neighbouring panels: 16 results each, not yet times the token's scale.
+// One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
+// a stream prefetches the panel that it reads next, that of the following block.
 template <class W, int P>
 inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* values, const int32_t* seeds,
                              float* results) {
@@ -120,6 +121,7 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     // Long groups pass in pieces, so that the panels take turns.
     const int64_t piece = W::one_segment ? group : 2 * segment_size;
+    const int64_t row_groups = ceil_div(row_ahead, group_bytes);
     f32x16 totals[P];
     for (int p = 0; p < P; ++p) totals[p] = zero();
     for (int64_t g = 0; g < groups; ++g) {
@@ -127,10 +129,12 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
         for (int p = 0; p < P; ++p) sums[p] = zero_i32();
         for (int64_t k = 0; k < group; k += piece) {
             const int64_t length = min_of(piece, group - k);
+            const int64_t done = g * group_bytes + k * 2 * W::bits, ahead = W::one_segment ? row_groups * group_bytes : row_ahead;
+            const int64_t next = ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
             for (int p = 0; p < P; ++p) {
                 const uint8_t* block = panel + p * panel_bytes;
                 const uint8_t* lines = block + k * 2 * W::bits;
-                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + row_ahead + i);
+                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + next + i);
                 i32x16 part[1];
                 group_sums<W, 1>(lines, block + group_bytes - 16, length, values + k, seeds + k / segment_size, part);
                 sums[p] = add(sums[p], part[0]);
@@ -275,6 +279,8 @@ inline void row_block(const uint8_t* packed, int64_t n0, int64_t n1, int64_t siz
     const uint8_t* panel = packed + n0 / 16 * W::panel_bytes(size);
     if (n1 - n0 > row_columns - 16) {
         panels_times_row<W, row_panels>(panel, size, rows.values, rows.seeds, values);
+    } else if (n1 - n0 > 16 && n1 - n0 <= 32) {
+        panels_times_row<W, 2>(panel, size, rows.values, rows.seeds, values);
     } else {
         for (int64_t n = n0; n < n1; n += 16, panel += W::panel_bytes(size))
             panels_times_row<W, 1>(panel, size, rows.values, rows.seeds, values + n - n0);
@@ -305,9 +311,8 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
                               uint8_t* scratch, Epilogue&& epilogue) {
     const QuantizedRows rows = quantized_rows<W>(worker, scratch, num_rows, size);
     if (num_rows == 1) {
-        for_chunks(worker, ceil_div(num_columns, row_columns), [&](int64_t chunk) {
-            const int64_t n0 = chunk * row_columns;
-            row_block<W>(packed, n0, min_of(num_columns, n0 + row_columns), size, rows, epilogue);
+        for_blocks(worker, ceil_div(num_columns, columns), row_columns / columns, [&](int64_t first, int64_t last) {
+            row_block<W>(packed, first * columns, min_of(num_columns, last * columns), size, rows, epilogue);
         });
         return;
     }
