@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sympy
+import torch
 import torch.fx as fx
 
-from irc.core.program import Program
+from irc.core.program import VAL, Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
 from irc.lowering.cpp.function import PrintedFunction
@@ -27,7 +28,8 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     call, paged = Call(definer, node), op_name(node) == _PAGED
     names = ("query", "key_cache", "value_cache") if paged else ("query", "key", "value")
-    query, key, value = (call.operand(name) for name in names)
+    operands = [call._arguments[names[0]], *(_as_stored(call._arguments[name]) for name in names[1:])]
+    query, key, value = map(call.as_operand, operands)
     if key.dtype != value.dtype or not query.shape[-1].is_Integer or not value.shape[-1].is_Integer:
         return None
     if call.has("sinks") and call.operand("sinks").dtype != "f32":
@@ -41,12 +43,25 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     if template.refuses(problem, "plain") is not None:
         return None
-    reads = [(call._arguments[name], "strided") for name in names]
+    reads = [(operand, "strided") for operand in operands]
     further = ("block_tables", "sequence_ids", "positions") if paged else ("positions",)
     reads += [(call._arguments[name], "rows") for name in (*further, "sinks") if call.has(name)]
     reads += [(call._arguments["bias"], "strided")] if problem.bias is not None else []
     # Heads lie side by side in memory, so that what follows, a layer over all of them, reads dense rows.
     return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
+
+
+def _as_stored(operand: fx.Node) -> fx.Node:
+    """A cache in 16-bit floats that the graph widens in front of attention, which the kernel does itself."""
+    if op_name(operand) != "aten._to_copy" or operand.kwargs.get("dtype") != torch.float32:
+        return operand
+    source = operand.args[0]
+    assert isinstance(source, fx.Node)
+    narrow = isinstance(source.meta.get(VAL), torch.Tensor) and source.meta[VAL].dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
+    return source if narrow else operand
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:

@@ -20,7 +20,7 @@ IRC_BEGIN
 constexpr int64_t columns = 32;
 // Panels that one token passes at a time: as many streams of memory a thread. A single stream, however far ahead it is
 // prefetched, reaches half of what a core can read (13 against 25 GB/s where it was measured).
-constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 1024;
+constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 512;
 constexpr int64_t few_tokens = 16;
 // Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
 constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
@@ -112,6 +112,16 @@ IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t g
     }
 }
 
+IRC_INLINE void add_scaled(float* total, i32x16 sums, f32x16 scales) {
+    store(total, fma(to_float(sums), scales, load(total)));
+}
+
+// How far ahead of `done` bytes of its panel a stream prefetches: behind the panel's end it goes on P panels further.
+template <int P>
+IRC_INLINE int64_t stream_ahead(int64_t done, int64_t ahead, int64_t panel_bytes) {
+    return ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
+}
+
 // One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
 // a stream prefetches the panel that it reads next, that of the following block.
 template <class W, int P>
@@ -121,32 +131,41 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     // Long groups pass in pieces, so that the panels take turns.
     const int64_t piece = W::one_segment ? group : 2 * segment_size;
-    const int64_t row_groups = ceil_div(row_ahead, group_bytes);
-    f32x16 totals[P];
-    for (int p = 0; p < P; ++p) totals[p] = zero();
+    const int64_t ahead = W::one_segment ? round_up(row_ahead, group_bytes) : row_ahead;
+    // Totals lie in memory: the registers hold the activations of a group, which all panels share.
+    for (int p = 0; p < P; ++p) store(results + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
-        i32x16 sums[P];
-        for (int p = 0; p < P; ++p) sums[p] = zero_i32();
-        for (int64_t k = 0; k < group; k += piece) {
-            const int64_t length = min_of(piece, group - k);
-            const int64_t done = g * group_bytes + k * 2 * W::bits, ahead = W::one_segment ? row_groups * group_bytes : row_ahead;
-            const int64_t next = ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
+        if constexpr (W::one_segment) {
+            const int64_t next = stream_ahead<P>(g * group_bytes, ahead, panel_bytes);
             for (int p = 0; p < P; ++p) {
                 const uint8_t* block = panel + p * panel_bytes;
-                const uint8_t* lines = block + k * 2 * W::bits;
-                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + next + i);
-                i32x16 part[1];
-                group_sums<W, 1>(lines, block + group_bytes - 16, length, values + k, seeds + k / segment_size, part);
-                sums[p] = add(sums[p], part[0]);
+                for (int64_t i = 0; i < group_bytes; i += 64) prefetch(block + next + i);
+                i32x16 sums[1];
+                group_sums<W, 1>(block, block + group_bytes - 16, group, values, seeds, sums);
+                add_scaled(results + 16 * p, sums[0], W::scales(block + line_bytes));
             }
+        } else {
+            i32x16 sums[P];
+            for (int p = 0; p < P; ++p) sums[p] = zero_i32();
+            for (int64_t k = 0; k < group; k += piece) {
+                const int64_t length = min_of(piece, group - k), done = k * 2 * W::bits;
+                const int64_t next = stream_ahead<P>(g * group_bytes + done, ahead, panel_bytes);
+                for (int p = 0; p < P; ++p) {
+                    const uint8_t* block = panel + p * panel_bytes;
+                    for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(block + done + next + i);
+                    i32x16 part[1];
+                    group_sums<W, 1>(block + done, block + group_bytes - 16, length, values + k,
+                                     seeds + k / segment_size, part);
+                    sums[p] = add(sums[p], part[0]);
+                }
+            }
+            for (int p = 0; p < P; ++p)
+                add_scaled(results + 16 * p, sums[p], W::scales(panel + p * panel_bytes + line_bytes));
         }
-        for (int p = 0; p < P; ++p)
-            totals[p] = fma(to_float(sums[p]), W::scales(panel + p * panel_bytes + line_bytes), totals[p]);
         panel += group_bytes;
         values += group;
         seeds += segments;
     }
-    for (int p = 0; p < P; ++p) store(results + 16 * p, totals[p]);
 }
 
 // One group of a panel against one tile: totals[row][16] += sums * scales.
@@ -156,10 +175,7 @@ IRC_INLINE void group_times_tile(const uint8_t* lines, const uint8_t* zeros, int
     i32x16 sums[H];
     group_sums<W, H>(lines, zeros, group, values, seeds, sums);
 #pragma GCC unroll 16
-    for (int m = 0; m < H; ++m) {
-        float* total = totals + m * stride;
-        store(total, fma(to_float(sums[m]), scales, load(total)));
-    }
+    for (int m = 0; m < H; ++m) add_scaled(totals + m * stride, sums[m], scales);
 }
 
 template <class W>
@@ -330,10 +346,21 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
     });
 }
 
+// The start of this worker's share for one token: the lines that the streams of its first block read before their own
+// prefetches arrive. Asked for ahead of the quantization, they are there behind it.
+template <class W>
+inline void prefetch_share(const Worker& worker, const uint8_t* packed, int64_t num_columns, int64_t size) {
+    const int64_t first = ceil_div(num_columns, columns) * worker.index / worker.count * columns / 16;
+    const int64_t panels = min_of(row_panels, ceil_div(num_columns, 16) - first), panel_bytes = W::panel_bytes(size);
+    for (int64_t i = 0; i < min_of(row_ahead, panel_bytes); i += 64)
+        for (int64_t p = 0; p < panels; ++p) prefetch(packed + (first + p) * panel_bytes + i);
+}
+
 // Quantizes x and multiplies. All workers call it; results are complete after the next barrier.
 template <class W, class Input, class Epilogue>
 inline void quantized_matmul(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
                              int64_t num_columns, int64_t size, uint8_t* scratch, Epilogue&& epilogue) {
+    if (num_rows == 1) prefetch_share<W>(worker, packed, num_columns, size);
     quantize_activations<W>(worker, x, stride, num_rows, size, scratch);
     quantized_product<W>(worker, packed, num_rows, num_columns, size, scratch, epilogue);
 }
