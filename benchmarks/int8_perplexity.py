@@ -15,7 +15,7 @@ import irc
 from irc.demo.corpus import read_documents
 from irc.demo.evaluation import evaluate, held_out_windows
 from irc.demo.tinypy import load_model, model_dir
-from irc.passes import QuantizeActivations, QuantizeWeights
+from irc.passes import QuantizeActivations, QuantizeWeights, SmoothActivations
 
 
 def logits(program: irc.Program, tokens: Tensor) -> Tensor:
@@ -42,11 +42,13 @@ def main() -> None:
         "W8": [weights],
         "W8A8 static": [weights, QuantizeActivations()],
         "W8A8 static, min-max": [weights, QuantizeActivations(observer="min-max")],
+        "W8A8 static, smoothed": [SmoothActivations(), weights, QuantizeActivations(observer="min-max")],
+        "W8A8 auto": [weights, QuantizeActivations(mode="auto")],
         "W8A8 dynamic": [weights, QuantizeActivations(mode="dynamic")],
     }
     for name, passes in variants.items():
         context = irc.PassContext(options={"calibration": data})
-        result = irc.PassManager(passes, ctx=context, verify="off" if "min-max" in name else "each").run(program)
+        result = irc.PassManager(passes, ctx=context, verify="off" if "static" in name else "each").run(program)
         found = evaluate(functools.partial(logits, result.program), windows, reference)
         loss = 100 * (found.perplexity / base.perplexity - 1)
         print(

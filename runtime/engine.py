@@ -13,21 +13,24 @@ tokens alone, in any batch, after preemption, with or without prefix cache and s
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from irc.core.errors import OptionError
 from irc.core.paged import PagedModel, StepInputs
 from irc.runtime.block_manager import BlockManager
-from irc.runtime.requests import Output, Request, SequenceState, TokenLogprobs
+from irc.runtime.continuation import continued
+from irc.runtime.requests import Output, Request, SequenceState
 from irc.runtime.results import FinishReason
+from irc.runtime.sampling import likeliest
 from irc.runtime.scheduler import Scheduler, Work
+from irc.runtime.speculation.acceptance import accept_greedy
 from irc.runtime.speculation.speculation import Speculation
 from irc.runtime.speculation.verification import verified
+from irc.runtime.step_inputs import StepBuilder
 
 _DEFAULT_MEMORY = 1 << 30
 
@@ -99,7 +102,7 @@ class Engine:
             self.blocks, max_tokens=self.options.max_batch_tokens, max_sequences=most,
             prefill_chunk=self.options.prefill_chunk,
         )  # fmt: skip
-        self._tables = np.zeros((most, per_sequence), dtype=np.int64)
+        self._builder = StepBuilder(model.block_size, most, per_sequence)
         self._pages = model.new_pages(self.num_blocks)
         self._live: dict[int, _Live] = {}
         self._count = 0
@@ -189,9 +192,11 @@ class Engine:
                 self._end(sequence, FinishReason.CANCELLED)
 
     def _new_sequence(self, number: int, request: Request, sample: int) -> SequenceState:
+        length = len(request.prompt)
         return SequenceState(
-            number, sample, request, list(request.prompt), len(request.prompt), number,
+            number, sample, request, list(request.prompt), length, number,
             (request.key + sample) % 2**64,
+            min(length + request.max_new_tokens - 1, self.model.max_length),
             request.text() if request.text is not None else None,
             request.constraint() if request.constraint is not None else None,
         )  # fmt: skip
@@ -221,7 +226,7 @@ class Engine:
             return outputs
         if self.scheduler.copies:
             self.model.copy_blocks(self._pages, *map(list, zip(*self.scheduler.copies, strict=True)))
-        inputs = self._inputs(works)
+        inputs = self._builder.build(works)
         before = time.perf_counter()
         works, logits = self._run(works, inputs, outputs)
         model_ms = (time.perf_counter() - before) * 1e3
@@ -248,42 +253,6 @@ class Engine:
         self.speculation.propose([s for s in self.scheduler.running if s.decoding], self.model.max_length)
         return (time.perf_counter() - started) * 1e3
 
-    def _inputs(self, works: Sequence[Work]) -> StepInputs:
-        """The step's flat tokens; logits are wanted behind the last token of `ids` and behind each draft token."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        rows: list[int] = []
-        most = 0
-        for work in works:
-            sequence, count = work.sequence, work.count
-            start, blocks = sequence.num_computed, sequence.blocks
-            rows.append(sequence.row)
-            if sequence.moved:
-                self._tables[sequence.row, : len(blocks)] = blocks
-                sequence.moved = False
-            most = max(most, len(blocks))
-            ids, draft = sequence.ids, sequence.draft
-            if count == 1:
-                tokens.append(ids[start])
-                positions.append(start)
-            else:
-                tokens += ids[start : start + count]
-                tokens += draft[: start + count - len(ids)] if draft else ()
-                positions += range(start, start + count)
-            if start + count == len(ids) + len(draft):
-                wanted += range(len(tokens) - 1 - len(draft), len(tokens))
-        size = self.model.block_size
-        tables = self._tables[rows, :most]
-        at = np.array(positions, dtype=np.int64)
-        if len(tokens) == len(works):
-            sequence_ids = np.arange(len(works), dtype=np.int64)
-        else:
-            sequence_ids = np.repeat(np.arange(len(works), dtype=np.int64), [work.count for work in works])
-        slots = tables[sequence_ids, at // size] * size + at % size
-        arrays = (np.array(tokens, dtype=np.int64), at, sequence_ids, tables, slots, np.array(wanted, dtype=np.int64))
-        return StepInputs(*map(torch.from_numpy, arrays))
-
     def _run(self, works: list[Work], inputs: StepInputs, outputs: list[Output]) -> tuple[list[Work], Tensor]:
         """The model's step. When it fails, sequences run one by one, and those that fail again are ended."""
         try:
@@ -294,7 +263,7 @@ class Engine:
                 return [], torch.empty(0, self.model.vocabulary_size)
         done, parts = [], []
         for work in works:
-            kept, logits = self._run([work], self._inputs([work]), outputs)
+            kept, logits = self._run([work], self._builder.build([work]), outputs)
             done += kept
             parts.append(logits)
         return done, torch.cat(parts)
@@ -319,18 +288,11 @@ class Engine:
                 continue
             rows.append((work, count))
             count += 1 + len(sequence.draft)
-        plain = all(w.sequence.request.sampling.plain and w.sequence.constraint is None for w, _ in rows)
-        if plain:
-            best = logits.argmax(-1).tolist() if rows else []
+        if all(work.sequence.plain for work, _ in rows):
+            best = likeliest(logits) if rows else []
             for work, first in rows:
                 draft = work.sequence.draft
-                if not draft:
-                    yield work, first, best[first : first + 1]
-                    continue
-                accepted = 0
-                while accepted < len(draft) and draft[accepted] == best[first + accepted]:
-                    accepted += 1
-                yield work, first, best[first : first + accepted + 1]
+                yield work, first, accept_greedy(draft, best[first:]) if draft else [best[first]]
             return
         sequences = [work.sequence for work, _ in rows]
         for (work, first), tokens in zip(
@@ -354,6 +316,13 @@ class Engine:
         """Add the tokens of one sequence, and split off further samples of its prompt."""
         sequence = work.sequence
         drafted = len(sequence.draft)
+        if not drafted and sequence.goes_on(tokens[0]):  # nearly always, and worth being quick
+            sequence.ids.append(tokens[0])
+            self.stats.new_tokens += 1
+            self.scheduler.served[sequence.request.client] += 1
+            self.scheduler.computed(sequence, work.count)
+            outputs.append(Output(sequence.request_id, sequence.sample, tokens))
+            return
         computed = work.count - drafted + len(tokens) - 1
         if drafted:
             if self.speculation is not None:
@@ -385,25 +354,7 @@ class Engine:
         self, sequence: SequenceState, tokens: list[int], computed: int, logits: Tensor, row: int, outputs: list[Output]
     ) -> None:
         request, output = sequence.request, Output(sequence.request_id, sequence.sample, [])
-        reason: FinishReason | None = None
-        if len(tokens) == 1 and self._goes_on(sequence, tokens[0]):  # nearly always, and worth being quick
-            sequence.ids.append(tokens[0])
-            output.token_ids.append(tokens[0])
-            tokens = []
-        for index, token in enumerate(tokens):
-            if token in request.end_tokens or token in request.stop_tokens:
-                reason = FinishReason.EOS if token in request.end_tokens else FinishReason.STOP
-                output.end_token = token
-                break
-            sequence.ids.append(token)
-            output.token_ids.append(token)
-            if request.logprobs is not None:
-                output.logprobs.append(_logprobs(logits[row + index], token, request.logprobs))
-            if sequence.text is not None:
-                output.text += sequence.text.push(token)
-            reason = self._reason(sequence, token)
-            if reason is not None:
-                break
+        reason = continued(sequence, tokens, logits, row, output, self.model.max_length)
         self.stats.new_tokens += len(output.token_ids)
         self.scheduler.served[request.client] += len(output.token_ids)
         self.scheduler.computed(sequence, min(computed, len(sequence.ids) - sequence.num_computed))
@@ -411,32 +362,6 @@ class Engine:
             outputs.append(output)
         else:
             self._finish(sequence, reason, outputs, output)
-
-    def _goes_on(self, sequence: SequenceState, token: int) -> bool:
-        """Whether a token is simply one more: no text, constraint or log-probability is wanted, and nothing ends."""
-        request, length = sequence.request, len(sequence.ids) + 1
-        return (
-            sequence.text is None
-            and sequence.constraint is None
-            and request.logprobs is None
-            and length - sequence.prompt_length < request.max_new_tokens
-            and length <= self.model.max_length
-            and token not in request.end_tokens
-            and token not in request.stop_tokens
-        )
-
-    def _reason(self, sequence: SequenceState, token: int) -> FinishReason | None:
-        """Whether the token that was just added ends its sequence."""
-        if sequence.text is not None and sequence.text.stopped:
-            return FinishReason.STOP
-        if sequence.constraint is not None:
-            sequence.constraint.advance(token)
-            if sequence.constraint.finished():
-                return FinishReason.STOP
-        length = len(sequence.ids)
-        if length - sequence.prompt_length >= sequence.request.max_new_tokens:
-            return FinishReason.LENGTH
-        return FinishReason.CACHE_FULL if length > self.model.max_length else None
 
     def _finish(
         self,
@@ -471,11 +396,3 @@ class Engine:
             self.scheduler.preempt(sequence)
         self.blocks.forget()
         self._pages = self.model.new_pages(self.num_blocks)
-
-
-def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Log-probabilities of the model itself: before penalties, temperature and filters."""
-    values = logits.float().log_softmax(-1)
-    top = values.topk(min(count, values.shape[-1]))
-    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return TokenLogprobs(token, float(values[token]), pairs)

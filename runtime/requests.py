@@ -101,6 +101,10 @@ class SequenceState:
 
     Attributes:
         ids: prompt and new tokens.
+        longest: `ids` that are longer than this end it, by max_new_tokens or the cache.
+        ends: tokens that end it.
+        plain: its next token is the likeliest one of the model's own logits.
+        quick: nothing is wanted of a token that goes on but its id.
         num_computed: how many of them have keys and values in `blocks`.
         contents: numbers of the contents of the full blocks that are registered.
         row: of the engine's block tables while it runs.
@@ -117,8 +121,12 @@ class SequenceState:
     prompt_length: int
     arrival: int
     key: int
+    longest: int
     text: TextStream | None = None
     constraint: Constraint | None = None
+    ends: frozenset[int] = field(init=False)
+    plain: bool = field(init=False)
+    quick: bool = field(init=False)
     blocks: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -130,6 +138,16 @@ class SequenceState:
     pending_samples: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.ends = request.end_tokens | request.stop_tokens
+        self.plain = request.sampling.plain and self.constraint is None
+        self.quick = self.text is None and self.constraint is None and request.logprobs is None
+
+    def goes_on(self, token: int) -> bool:
+        """Whether a token is simply one more: nothing is to be made of it, and it ends nothing."""
+        return self.quick and len(self.ids) < self.longest and token not in self.ends and not self.pending_samples
 
     @property
     def order(self) -> tuple[int, int, int]:

@@ -51,9 +51,19 @@ class Scheduler:
         self.copies.clear()
         if self.waiting and self.running:
             self._yield_to_urgent()
-        budget, works, index = self.max_tokens, list[Work](), 0
+        budget, works, index, size = self.max_tokens, list[Work](), 0, self.blocks.block_size
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
+            index += 1
+            at = sequence.num_computed
+            if (
+                at + 1 == len(sequence.ids)
+                and at < len(sequence.blocks) * size
+                and not (sequence.draft or sequence.shared)
+            ):  # one more token in a block of its own: nearly always, and worth being quick
+                works.append(Work(sequence, 1))
+                budget -= 1
+                continue
             count = len(sequence.ids) + len(sequence.draft) - sequence.num_computed
             if count > budget or (count > 1 and sequence.num_computed < len(sequence.ids) - 1):
                 count = self._chunk(sequence, budget)
@@ -62,7 +72,6 @@ class Scheduler:
                 break  # it was the last one, and gave its own blocks back
             works.append(Work(sequence, count))
             budget -= count
-            index += 1
         if self.waiting and budget > 0:
             self._admit(works, budget)
         return works

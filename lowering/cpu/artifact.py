@@ -21,12 +21,15 @@ from irc.core.program import Program
 from irc.core.target import Artifact, Options, read_options
 from irc.core.text import parse
 from irc.lowering.cpp.build import build, supported_isas
+from irc.lowering.cpu.bound import NUM_INPUTS, BoundStep
 from irc.lowering.cpu.library import Library, Signature, default_threads
 from irc.lowering.cpu.options import CpuOptions
 
 MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
 GRAPH = "graph.irc"
 FORMAT = 1
+MOST_BOUND = 16
+"""Shapes of steps that are remembered with the caches they were called with."""
 
 
 class CpuArtifact(Artifact):
@@ -49,6 +52,7 @@ class CpuArtifact(Artifact):
         self._weights, self._program, self._folder = weights, program, folder
         self.object_path = _prebuilt(folder, self.isa) or build(source, isa=self.isa, flags=options.flags)
         self._library = Library(self.object_path, weights, options.threads or default_threads())
+        self._bound: dict[tuple[torch.Size | None, ...], BoundStep] = {}
         self._written = {i for i in self.signature.in_place if i is not None}
 
     @property
@@ -103,12 +107,40 @@ class CpuArtifact(Artifact):
         self._library.run(sizes, given, made)
         return results
 
+    def kernel_times(self, *inputs: Any, runs: int = 5) -> list[tuple[str, float]]:
+        """(kernel and the last node that it computes, milliseconds a run), in the order of the step.
+
+        Raises:
+            OptionError: the program was built without the option `profile`.
+        """
+        parts = self.manifest.get("parts")
+        if not parts:
+            raise OptionError("this artifact does not measure its kernels: compile with options={'profile': True}")
+        self.run(*inputs)
+        self._library.part_times(len(parts))
+        for _ in range(runs):
+            self.run(*inputs)
+        return [
+            (str(part), ns / runs / 1e6) for part, ns in zip(parts, self._library.part_times(len(parts)), strict=True)
+        ]
+
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
         if self.kv_cache is None:
             raise TargetError("this cpu artifact has no key-value cache: use the pass insert-kv-cache")
-        given = [_dense(tokens), _dense(positions), _dense(logit_indices), *caches]
+        inputs = (tokens, positions, logit_indices)
+        shapes = tuple(getattr(x, "shape", None) for x in inputs)
+        bound = self._bound.get(shapes)
+        if bound is not None and bound.fits(inputs, caches):
+            return bound.run(inputs)
+        given = [*map(_dense, inputs), *caches]
         if not all(cache.is_contiguous() for cache in caches):
             raise OptionError("caches must be dense: take them from new_caches")
+        if BoundStep.possible(self.signature, len(caches)):
+            sizes = self.signature.sizes(given)
+            if len(self._bound) == MOST_BOUND:
+                self._bound.clear()
+            bound = self._bound[shapes] = BoundStep(self._library, self.signature, sizes, given[:NUM_INPUTS], caches)
+            return bound.run(given[:NUM_INPUTS])
         logits, *caches[:] = self._run(given)
         return logits
 

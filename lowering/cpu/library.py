@@ -145,22 +145,31 @@ class Library:
     def run(self, sizes: Sequence[int], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> None:
         """One step. Inputs are dense; outputs that continue an input are None."""
         values = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
-        if self._arena_sizes != tuple(sizes):
-            self._reserve(values, tuple(sizes))
         given = (ctypes.c_void_p * max(1, len(inputs)))(*[x.data_ptr() for x in inputs])
         made = (ctypes.c_void_p * max(1, len(outputs)))(*[None if x is None else x.data_ptr() for x in outputs])
-        self._object.irc_run(
-            self._pool, ctypes.addressof(values), ctypes.addressof(given), ctypes.addressof(made),
-            self._weights_at, self._arena_at,
-        )  # fmt: skip
+        self.call(tuple(sizes), ctypes.addressof(values), ctypes.addressof(given), ctypes.addressof(made))
 
-    def _reserve(self, values: Any, sizes: tuple[int, ...]) -> None:
+    def call(self, sizes: tuple[int, ...], values: int, given: int, made: int) -> None:
+        """One step from the addresses of three arrays: the sizes, and addresses of the inputs and of the outputs."""
+        if self._arena_sizes != sizes:
+            self._reserve(values, sizes)
+        self._object.irc_run(self._pool, values, given, made, self._weights_at, self._arena_at)
+
+    def _reserve(self, values: int, sizes: tuple[int, ...]) -> None:
         """An arena that is large enough for the sizes."""
-        needed = int(self._object.irc_arena_bytes(ctypes.addressof(values), self.threads)) + 64
+        needed = int(self._object.irc_arena_bytes(values, self.threads)) + 64
         if self._arena.numel() < needed:
             self._arena = torch.empty(needed, dtype=torch.uint8)
         self._arena_at = (self._arena.data_ptr() + 63) // 64 * 64
         self._arena_sizes = sizes
+
+    def part_times(self, count: int) -> list[int]:
+        """Nanoseconds by part since the last call of this, of a program built with `profile`."""
+        self._object.irc_part_times.restype = ctypes.POINTER(ctypes.c_int64)
+        totals = self._object.irc_part_times()
+        found = totals[:count]
+        ctypes.memset(totals, 0, 8 * count)
+        return list(found)
 
     @property
     def arena_bytes(self) -> int:

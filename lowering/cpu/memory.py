@@ -59,6 +59,7 @@ def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int], private: 
         for buffer in (*touched(step)[0], *touched(step)[1]):
             last_use[buffer] = number
     free: list[int] = []
+    later: list[int] = []
     for number, step in enumerate(schedule.steps):
         written, read = touched(step)
         dying = [b for b in dict.fromkeys(read) if b in plan.places and last_use[b] == number]
@@ -73,8 +74,14 @@ def plan_memory(schedule: Schedule, hints: Mapping[sympy.Symbol, int], private: 
                 plan.places[buffer] = plan.places[donor]
             else:
                 plan.places[buffer] = _take(plan, free, buffer, hints, own)
-        free += [plan.places[b] for b in dying]
-        free += [plan.places[b] for b in written if b in plan.places and last_use[b] == number]
+        ended = [plan.places[b] for b in dying]
+        ended += [plan.places[b] for b in written if b in plan.places and last_use[b] == number]
+        if written and all(buffer in private for buffer in written):
+            # No barrier may follow: another worker may still read it while this one is two steps further.
+            later += ended
+        else:
+            free += ended + later
+            later = []
     return plan
 
 

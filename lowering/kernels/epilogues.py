@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import sympy
 import torch.fx as fx
 
@@ -35,8 +37,7 @@ def finished(definer: Definer, site: Site, result: fx.Node, symbols: tuple[sympy
 def choose_epilogues(demand: Demand) -> dict[fx.Node, fx.Node]:
     """Value → the template that computes it: the elementwise value that alone reads its result, element for element."""
     absorbed: dict[fx.Node, fx.Node] = {}
-    order = {node: i for i, node in enumerate(demand.program.graph.nodes)}
-    made_by = {node.name: node for node in demand.stored}
+    trial = _Trial.of(demand)
     for node, site in demand.sites.items():
         readers = demand.readers.get(node, [])
         if site.finish is None or len(readers) != 1 or node in demand.program.outputs:
@@ -46,34 +47,51 @@ def choose_epilogues(demand: Demand) -> dict[fx.Node, fx.Node]:
             last = demand.readers[last][0]
         if last not in demand.stored or last in demand.sites or op_name(last) in WRITES or last in absorbed:
             continue
-        if _fits(demand, node, last, order, made_by):
+        if _fits(demand, trial, node, last):
             absorbed[last] = node
     return absorbed
 
 
-def _fits(demand: Demand, node: fx.Node, last: fx.Node, order: dict[fx.Node, int], made_by: dict[str, fx.Node]) -> bool:
+@dataclass(frozen=True)
+class _Trial:
+    """A definer in which every stored value has memory, and when each of them is made."""
+
+    definer: Definer
+    order: dict[fx.Node, int]
+    made_by: dict[str, fx.Node]
+    ready: set[str]
+
+    @staticmethod
+    def of(demand: Demand) -> _Trial:
+        trial = Definer(demand.program)
+        trial.ranges = demand.definer.ranges
+        trial.buffers = dict(demand.definer.buffers)
+        ready = {buffer.name for buffer in trial.buffers.values() if buffer.kind in ("input", "weight")}
+        for node in demand.stored:
+            shape = trial.shape(node)
+            trial.buffers[node] = Buffer(node.name, trial.dtype(node), shape, row_major(shape), "temporary")
+        order = {node: i for i, node in enumerate(demand.program.graph.nodes)}
+        return _Trial(trial, order, {node.name: node for node in demand.stored}, ready)
+
+
+def _fits(demand: Demand, trial: _Trial, node: fx.Node, last: fx.Node) -> bool:
     definer = demand.definer
     shape, result = definer.shape(node), definer.shape(last)
     if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
         return False
-    if demand.sites[node].columns > 1 and shape != result:
+    site = demand.sites[node]
+    if (site.columns > 1 or site.order is not None) and shape != result:
         return False
-    trial = Definer(demand.program)
-    trial.buffers, trial.ranges = dict(definer.buffers), definer.ranges
-    for stored in demand.stored - {last}:
-        trial.give_buffer(stored, Buffer(stored.name, trial.dtype(stored), trial.shape(stored),
-                                         row_major(trial.shape(stored)), "temporary"))  # fmt: skip
     symbols, _ = definer.axes(last)
-    value = trial.defined(last, symbols)
+    value = trial.definer.defined(last, symbols)
     if reductions(value) or sum(isinstance(p, Apply) for p in walk(value)) > MAX_OPERATIONS:
         return False
     # Equal numbers of elements, so the result's position is that of the store.
     flat = Buffer("", "f32", result, row_major(result), "temporary").offset(symbols)
-    offset = simplify(flat, trial.ranges)
-    own = [load for load in loads(value) if load.buffer is trial.buffers[node]]
-    ready = {b.name for b in trial.buffers.values() if b.kind in ("input", "weight")}
+    offset = simplify(flat, definer.ranges)
+    own = [load for load in loads(value) if load.buffer is trial.definer.buffers[node]]
     for load in loads(value):
-        made = made_by.get(load.buffer.name)
-        if load.buffer.name not in ready and (made is None or order[made] > order[node]):
+        made = trial.made_by.get(load.buffer.name)
+        if load.buffer.name not in trial.ready and (made is None or trial.order[made] > trial.order[node]):
             return False  # not computed yet when the template runs
     return bool(own) and all(sympy.expand(load.offset - offset) == 0 for load in own)

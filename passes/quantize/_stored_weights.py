@@ -12,6 +12,7 @@ from torch import Tensor
 from irc.core.contract import Finding, Preserves
 from irc.core.formats import Format, Parts, QuantFormat
 from irc.core.ops.registry import is_irc_op
+from irc.core.paging import release
 from irc.core.program import Program
 from irc.core.provenance import origin_of
 from irc.passes.quantize._round_to_nearest import round_to_nearest
@@ -28,6 +29,8 @@ _MORE_THAN_ROUNDING = 8.0
 _MAX_SHIFT = 0.5
 # Steps that a nearest integer may be off: half a step, and the rounding of the arithmetic.
 _MAX_STEPS_OFF = 0.5 + 1e-2
+# Numbers whose several temporaries are in memory at once.
+_CHECKED_AT_ONCE = 1 << 23
 
 
 def lossy_promise(*chosen: Format | None) -> Preserves:
@@ -77,7 +80,9 @@ def check_stored_weights(
         if old is None or old.op != "get_attr":
             findings.append(Finding(node.name, "stands for no weight of the program before"))
             continue
-        problem = _distance_problem(before.weight(old).detach(), after, node, expected.get(old), nearest)
+        original = before.weight(old).detach()
+        problem = _distance_problem(original, after, node, expected.get(old), nearest)
+        release(original)
         if problem is not None:
             findings.append(Finding(node.name, f"{problem} of {old.target}"))
     return findings
@@ -97,23 +102,42 @@ def _distance_problem(
     stored, scale, zero_point = (after.weight(part) if isinstance(part, fx.Node) else None for part in node.args[:3])
     if stored is None or scale is None or original.device.type == "meta":
         return None
-    original = original.float()
+    logical = chosen.logical_shape(tuple(stored.shape))
+    if logical != tuple(original.shape):
+        return f"has shape {list(logical)} instead of {list(original.shape)}; a weight"
+    step = len(original) if chosen.per_tensor else max(1, _CHECKED_AT_ONCE // original.shape[1])
+    for start in range(0, len(original), step):
+        rows = slice(start, start + step)
+        some = (stored, scale, zero_point) if chosen.per_tensor else _rows_of(rows, stored, scale, zero_point)
+        problem = _rows_problem(original[rows].float(), *some, chosen, nearest, start)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _rows_of(rows: slice, stored: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return stored[rows], scale[rows], None if zero is None else zero[rows]
+
+
+def _rows_problem(
+    original: Tensor, stored: Tensor, scale: Tensor, zero_point: Tensor | None, chosen: QuantFormat, nearest: bool,
+    first: int,
+) -> str | None:  # fmt: skip
+    """The same of some rows, the first of which is row `first` of the weight."""
     plain = round_to_nearest(original, chosen, torch.float32)
     rounded = chosen.dequantize(plain[0], plain[1], plain[2], torch.float32)
     found = chosen.dequantize(stored, scale, zero_point, torch.float32)
-    if found.shape != original.shape:
-        return f"has shape {list(found.shape)} instead of {list(original.shape)}; a weight"
     steps = (found - original).unflatten(-1, (scale.shape[-1], -1)) / scale.float().unsqueeze(-1)
     shift = steps.flatten(1).mean(1).abs().nan_to_num(nan=torch.inf)
     if float(shift.max()) > _MAX_SHIFT:
-        return f"is shifted by {float(shift.max()):.2f} steps on average in row {int(shift.argmax())}"
+        return f"is shifted by {float(shift.max()):.2f} steps on average in row {first + int(shift.argmax())}"
     if nearest:
         integers = chosen.unpack(stored).unflatten(-1, (scale.shape[-1], -1))
         inner = (integers > chosen.lowest_stored) & (integers < chosen.high)
         off = torch.where(inner, steps.abs(), 0.0).flatten(1).amax(1).nan_to_num(nan=torch.inf)
         if float(off.max()) > _MAX_STEPS_OFF:
             row = int(off.argmax())
-            return f"is off by {float(off[row]):.2f} steps (at most half is right) in row {row}"
+            return f"is off by {float(off[row]):.2f} steps (at most half is right) in row {first + row}"
     floor = original.norm(dim=1) * 2.0 ** -(chosen.bits + 2)
     allowed = _MORE_THAN_ROUNDING * torch.maximum((rounded - original).norm(dim=1), floor)
     ratio = ((found - original).norm(dim=1) / allowed.clamp_min(1e-12)).nan_to_num(nan=torch.inf)
@@ -121,6 +145,7 @@ def _distance_problem(
     if float(ratio[worst]) <= 1:
         return None
     return (
-        f"is {float(ratio[worst]) * _MORE_THAN_ROUNDING:.1f} times as far off as plain rounding in row {worst}"
+        f"is {float(ratio[worst]) * _MORE_THAN_ROUNDING:.1f} times as far off as plain rounding in row"
+        f" {first + worst}"
         f" ({_MORE_THAN_ROUNDING:g} times is allowed)"
     )

@@ -198,3 +198,14 @@ def test_weights_are_one_object_for_all_batches(program: Program) -> None:
     run.run(lambda node, values: found.extend(values(node.args[1])), linears(program)[1:2])
     assert len(found) == 5
     assert len({id(value) for value in found}) == 1
+
+
+def test_half_precision_layers_give_what_they_would_alone(program: Program) -> None:
+    """They may be computed in f32 and rounded once: at most a step of bf16 from PyTorch's own result."""
+    halves = irc.capture(Net().eval().bfloat16(), (torch.randn(3, 4).bfloat16(),), name="halves")
+    x = torch.randn(3, 4).bfloat16()
+    found: list[Tensor] = []
+    Lockstep(halves, [(x,)]).run(lambda node, values: found.append(values(node.args[0])[0]), linears(halves)[1:2])
+    expected = torch.relu(torch.nn.functional.linear(x, halves.weight("first.weight"), halves.weight("first.bias")))
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], expected, rtol=2**-7, atol=1e-3)

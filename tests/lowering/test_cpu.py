@@ -41,6 +41,15 @@ def test_plain_instructions_give_the_same_numbers() -> None:
     assert check.passed, str(check)
 
 
+def test_attention_reads_caches_in_half_floats_as_they_lie() -> None:
+    program = steps.step("insert-kv-cache{max-length=32,cache-dtype=f16}")
+    artifact = CPU.lower(program, dict(QUICK))
+    assert "f16[B, 4, 32, 8]" in artifact.source
+    assert "f32[B, 4, 32, 8]" not in artifact.source  # no kernel widens the whole cache
+    check = artifact.verify(program)
+    assert check.passed, str(check)
+
+
 def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     artifact = lowered("step")
     caches = artifact.new_caches(2)
@@ -54,6 +63,25 @@ def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     for cache, output in zip(caches, outputs[1:], strict=True):
         assert torch.equal(cache, output)
     assert torch.equal(logits, outputs[0])
+
+
+def test_steps_with_caches_seen_before_and_with_others() -> None:
+    """What a step remembers about its caches is used for those alone."""
+    artifact = lowered("step")
+    tokens, positions = steps.tokens(1, 4), torch.arange(4).unsqueeze(0)
+    first, second = artifact.new_caches(1), artifact.new_caches(1)
+    wanted = artifact.step(first, tokens, positions, positions)
+    assert torch.equal(artifact.step(first, tokens, positions, positions), wanted)
+    assert torch.equal(artifact.step(second, tokens, positions, positions), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    swapped = [*reversed(second)]
+    artifact.step(swapped, tokens, positions, positions)
+    assert torch.equal(second[1], first[0])
+    # Tensors of the same shapes that are not dense are read in their own order.
+    wide = tokens.t().contiguous().t()
+    assert torch.equal(artifact.step(first, wide, positions, positions), wanted)
+    with pytest.raises(OptionError, match=r"input tokens|input .* is"):
+        artifact.step(first, tokens.int(), positions, positions)
 
 
 def test_saved_and_loaded_without_the_program(tmp_path: Path) -> None:

@@ -98,7 +98,37 @@ def test_dynamic_rewrite(mixed: Program) -> None:
     }
 
 
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
+class HeavyTail(nn.Module):
+    """A layer over well-behaved values, and one over values that are twenty times as large for a few tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * torch.where(x[..., :1] > 1.5, 20.0, 1.0))
+
+
+def test_auto_makes_dynamic_what_one_scale_would_lose() -> None:
+    program = irc.PassManager([INT8]).run(capture(HeavyTail().eval(), (images(),))).program
+    exact, errors = program.run(images())[0], {}
+    for mode in ("auto", "static"):
+        context = PassContext(options={"calibration": images(64)})
+        one = QuantizeActivations(mode=mode)  # type: ignore[arg-type]
+        result = irc.PassManager([one], ctx=context, verify="off").run(program)
+        errors[mode] = float((result.program.run(images())[0] - exact).square().mean())
+        if mode == "auto":
+            assert row_of(result).statistics == {"linear_operands": 2, "values": 2, "dynamic_values": 1}
+            assert text_of(result.program, "quantize") == ["uint8.tensor.asym", "int8.row"]
+            assert text_of(result.program, "dynamic_scale") == ["int8.row"]
+            assert not [
+                node for node in result.program.graph.nodes if "mul" in str(node.target) and node.op == "get_attr"
+            ]
+    assert errors["auto"] < 0.1 * errors["static"]
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic", "auto"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (5, 4)])
 def test_numbers_at_other_sizes(mixed: Program, mode: str, shape: tuple[int, int]) -> None:
     program = run(QuantizeActivations(mode=mode), mixed, images(64)).program  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ def test_vocabularies_must_agree() -> None:
 
 
 def state(ids: list[int]) -> SequenceState:
-    return SequenceState(0, 0, Request(prompt=ids[:1]), ids, 1, 0, 0)
+    return SequenceState(0, 0, Request(prompt=ids[:1]), ids, 1, 0, 0, longest=1 << 30)
 
 
 def test_lookup_continues_the_latest_and_longest_match() -> None:

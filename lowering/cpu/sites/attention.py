@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sympy
+import torch
 import torch.fx as fx
 
-from irc.core.program import Program
+from irc.core.program import VAL, Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
 from irc.lowering.cpp.function import PrintedFunction
@@ -27,7 +28,8 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     call, paged = Call(definer, node), op_name(node) == _PAGED
     names = ("query", "key_cache", "value_cache") if paged else ("query", "key", "value")
-    query, key, value = (call.operand(name) for name in names)
+    operands = [call._arguments[names[0]], *(_as_stored(call._arguments[name]) for name in names[1:])]
+    query, key, value = map(call.as_operand, operands)
     if key.dtype != value.dtype or not query.shape[-1].is_Integer or not value.shape[-1].is_Integer:
         return None
     if call.has("sinks") and call.operand("sinks").dtype != "f32":
@@ -35,15 +37,31 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     problem = AttentionProblem(
         width=int(query.shape[-1]), value_width=int(value.shape[-1]), query=query.dtype, cache=key.dtype,
         mask=str(call.raw("mask")), window=call.raw("window"), scale=float(call.raw("scale")),
-        softcap=call.raw("softcap"), has_bias=call.has("bias"),
+        softcap=call.raw("softcap"), bias=call.operand("bias").dtype if call.has("bias") else None,
     )  # fmt: skip
+    if problem.bias is not None and (paged or len(call.operand("bias").shape) != 4):
+        return None
     if template.refuses(problem, "plain") is not None:
         return None
-    reads = [(call._arguments[name], "strided") for name in names]
+    reads = [(operand, "strided") for operand in operands]
     further = ("block_tables", "sequence_ids", "positions") if paged else ("positions",)
     reads += [(call._arguments[name], "rows") for name in (*further, "sinks") if call.has(name)]
+    reads += [(call._arguments["bias"], "strided")] if problem.bias is not None else []
     # Heads lie side by side in memory, so that what follows, a layer over all of them, reads dense rows.
     return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
+
+
+def _as_stored(operand: fx.Node) -> fx.Node:
+    """A cache in 16-bit floats that the graph widens in front of attention, which the kernel does itself."""
+    if op_name(operand) != "aten._to_copy" or operand.kwargs.get("dtype") != torch.float32:
+        return operand
+    source = operand.args[0]
+    assert isinstance(source, fx.Node)
+    narrow = isinstance(source.meta.get(VAL), torch.Tensor) and source.meta[VAL].dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
+    return source if narrow else operand
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
@@ -55,7 +73,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     further = list(call.reads[3:])
     sizes: set[sympy.Symbol] = set()
 
-    def text(expr: sympy.Expr) -> str:
+    def text(expr: sympy.Expr | int) -> str:
+        expr = sympy.sympify(expr)
         sizes.update(expr.free_symbols)
         return f"int64_t({size_text(expr, {})})"
 
@@ -72,16 +91,20 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     else:
         args |= _contiguous_sizes(query, keys, values, text)
         names = ("positions",) if node.has("positions") else ()
-    for name, memory in zip((*names, *(("sinks",) if node.has("sinks") else ())), further, strict=True):
+    names = (*names, *(name for name in ("sinks", "bias") if node.has(name)))
+    for name, memory in zip(names, further, strict=True):
         parameters.append(f"const {STORAGE_TYPES[memory.buffer.dtype]}* {name}")
         arguments.append(memory)
         args["table" if name == "block_tables" else name] = name
+        if name == "bias":
+            strides = (text(0 if size == 1 else s) for size, s in zip(memory.shape, memory.strides, strict=True))
+            args["bias_strides"] = ", ".join(strides)
     scratch = template.scratch_expression(problem, args, paged=paged)
     parameters.append("uint8_t* scratch")
     arguments.append("arguments.arena + scratch")
-    strides = [text(s) for s in call.write.strides]
-    place = f"s * {strides[0]} + h * {strides[1]}" if paged else (
-        f"b * {strides[0]} + h * {strides[1]} + s * {strides[2]}")  # fmt: skip
+    write_strides = [text(s) for s in call.write.strides]
+    place = " + ".join(f"{index} * {s}" for index, s in zip(("s", "h") if paged else ("b", "h", "s"), write_strides,
+                                                             strict=False))  # fmt: skip
     epilogue = (
         "[&]([[maybe_unused]] int64_t b, int64_t h, int64_t s, const float* row) {\n"
         f"        for (int64_t d = 0; d < {problem.value_width}; ++d)"

@@ -1,8 +1,8 @@
 // A persistent pool of threads for steps written in SPMD style: every worker runs the same function, shares
 // loops by `for_chunks` and meets the others at `barrier`. One fork and one join a step, not a call a loop.
 //
-// Waiting spins for a short while and then sleeps on a futex, so that a step still makes progress when another
-// process takes one of the cpus away. Declarations only, so that units compiled for different instruction sets
+// Waiting spins for some microseconds, then offers the cpu to others for a short while, and then sleeps on a futex, so
+// that a step still makes progress when another process takes one of the cpus away. Declarations only, so that units compiled for different instruction sets
 // share one pool; exactly one unit includes pool_impl.h.
 #pragma once
 
@@ -31,7 +31,7 @@ class Pool {
 public:
     using Body = void (*)(Worker&, void*);
 
-    // `threads` includes the calling thread; waiting spins for `spin_us` microseconds before it sleeps.
+    // `threads` includes the calling thread; waiting spins for about `spin_us` microseconds before it sleeps.
     explicit Pool(int threads, int spin_us = 100);
     ~Pool();
     Pool(const Pool&) = delete;

@@ -37,12 +37,18 @@ struct alignas(64) Gate {
 #endif
 
     void wait(std::uint32_t seen, int spin_us) {
+        for (int turn = 0; turn < 512; ++turn) {
+            if (value.load(std::memory_order_acquire) != seen) return;
+            relax();
+        }
+        // The others take long. Where another process has their cpu, they may be waiting for this one: offer it.
         const auto limit = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us);
         do {
-            for (int turn = 0; turn < 32; ++turn) {
+            for (int turn = 0; turn < 8; ++turn) {
                 if (value.load(std::memory_order_acquire) != seen) return;
                 relax();
             }
+            std::this_thread::yield();
         } while (std::chrono::steady_clock::now() < limit);
         sleepers.fetch_add(1);
         while (value.load() == seen) sleep(seen);

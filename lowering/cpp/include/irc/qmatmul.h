@@ -14,13 +14,12 @@
 #pragma once
 
 #include "irc/quantize.h"
+#include "irc/streams.h"
 
 IRC_BEGIN
 
 constexpr int64_t columns = 32;
-// Panels that one token passes at a time: as many streams of memory a thread. A single stream, however far ahead it is
-// prefetched, reaches half of what a core can read (13 against 25 GB/s where it was measured).
-constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 1024;
+constexpr int64_t row_columns = 16 * row_panels;
 constexpr int64_t few_tokens = 16;
 // Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
 constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
@@ -112,6 +111,10 @@ IRC_INLINE void group_sums(const uint8_t* lines, const uint8_t* zeros, int64_t g
     }
 }
 
+IRC_INLINE void add_scaled(float* total, i32x16 sums, f32x16 scales) {
+    store(total, fma(to_float(sums), scales, load(total)));
+}
+
 // One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
 // a stream prefetches the panel that it reads next, that of the following block.
 template <class W, int P>
@@ -121,32 +124,41 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     // Long groups pass in pieces, so that the panels take turns.
     const int64_t piece = W::one_segment ? group : 2 * segment_size;
-    const int64_t row_groups = ceil_div(row_ahead, group_bytes);
-    f32x16 totals[P];
-    for (int p = 0; p < P; ++p) totals[p] = zero();
+    const int64_t ahead = W::one_segment ? round_up(row_ahead, group_bytes) : row_ahead;
+    // Totals lie in memory: the registers hold the activations of a group, which all panels share.
+    for (int p = 0; p < P; ++p) store(results + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
-        i32x16 sums[P];
-        for (int p = 0; p < P; ++p) sums[p] = zero_i32();
-        for (int64_t k = 0; k < group; k += piece) {
-            const int64_t length = min_of(piece, group - k);
-            const int64_t done = g * group_bytes + k * 2 * W::bits, ahead = W::one_segment ? row_groups * group_bytes : row_ahead;
-            const int64_t next = ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
+        if constexpr (W::one_segment) {
+            const int64_t next = stream_ahead(P, g * group_bytes, ahead, panel_bytes);
             for (int p = 0; p < P; ++p) {
                 const uint8_t* block = panel + p * panel_bytes;
-                const uint8_t* lines = block + k * 2 * W::bits;
-                for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(lines + next + i);
-                i32x16 part[1];
-                group_sums<W, 1>(lines, block + group_bytes - 16, length, values + k, seeds + k / segment_size, part);
-                sums[p] = add(sums[p], part[0]);
+                for (int64_t i = 0; i < group_bytes; i += 64) prefetch(block + next + i);
+                i32x16 sums[1];
+                group_sums<W, 1>(block, block + group_bytes - 16, group, values, seeds, sums);
+                add_scaled(results + 16 * p, sums[0], W::scales(block + line_bytes));
             }
+        } else {
+            i32x16 sums[P];
+            for (int p = 0; p < P; ++p) sums[p] = zero_i32();
+            for (int64_t k = 0; k < group; k += piece) {
+                const int64_t length = min_of(piece, group - k), done = k * 2 * W::bits;
+                const int64_t next = stream_ahead(P, g * group_bytes + done, ahead, panel_bytes);
+                for (int p = 0; p < P; ++p) {
+                    const uint8_t* block = panel + p * panel_bytes;
+                    for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(block + done + next + i);
+                    i32x16 part[1];
+                    group_sums<W, 1>(block + done, block + group_bytes - 16, length, values + k,
+                                     seeds + k / segment_size, part);
+                    sums[p] = add(sums[p], part[0]);
+                }
+            }
+            for (int p = 0; p < P; ++p)
+                add_scaled(results + 16 * p, sums[p], W::scales(panel + p * panel_bytes + line_bytes));
         }
-        for (int p = 0; p < P; ++p)
-            totals[p] = fma(to_float(sums[p]), W::scales(panel + p * panel_bytes + line_bytes), totals[p]);
         panel += group_bytes;
         values += group;
         seeds += segments;
     }
-    for (int p = 0; p < P; ++p) store(results + 16 * p, totals[p]);
 }
 
 // One group of a panel against one tile: totals[row][16] += sums * scales.
@@ -156,14 +168,11 @@ IRC_INLINE void group_times_tile(const uint8_t* lines, const uint8_t* zeros, int
     i32x16 sums[H];
     group_sums<W, H>(lines, zeros, group, values, seeds, sums);
 #pragma GCC unroll 16
-    for (int m = 0; m < H; ++m) {
-        float* total = totals + m * stride;
-        store(total, fma(to_float(sums[m]), scales, load(total)));
-    }
+    for (int m = 0; m < H; ++m) add_scaled(totals + m * stride, sums[m], scales);
 }
 
 template <class W>
-inline void group_times_tile(int64_t height, const uint8_t* lines, const uint8_t* zeros, int64_t group, f32x16 scales,
+IRC_INLINE void group_times_tile(int64_t height, const uint8_t* lines, const uint8_t* zeros, int64_t group, f32x16 scales,
                              const int8_t* values, const int32_t* seeds, float* totals, int64_t stride) {
     switch (height) {
 #define IRC_HEIGHT(H) \
@@ -213,17 +222,19 @@ struct TileBlock {
     }
 };
 
-// A block of tiles against `panels` neighbouring panels, in turn for each group: sets the block's totals.
+// A block of tiles against `panels` neighbouring panels, in turn for each group: sets the block's totals. Not inlined:
+// called from two places, its parts would otherwise become calls themselves, which cost a quarter of the speed.
 template <class W>
-inline void panels_times_tiles(const uint8_t* panel, int64_t panels, int64_t size, const TileBlock& block) {
+__attribute__((noinline)) void panels_times_tiles(const uint8_t* panel, int64_t panels, int64_t size, const TileBlock& block) {
     const int64_t group = W::group(size), groups = W::groups(size), segments = W::segments_of_group(size);
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     for (int64_t m = 0; m < block.num_rows; ++m)
         for (int64_t p = 0; p < panels; ++p) store(block.totals + m * block.stride + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
+        const int64_t next = stream_ahead(panels, g * group_bytes, row_ahead, panel_bytes);
         for (int64_t p = 0; p < panels; ++p) {
             const uint8_t* lines = panel + p * panel_bytes;
-            for (int64_t i = 0; i < min_of(group_bytes, row_ahead); i += 64) prefetch(lines + row_ahead + i);
+            for (int64_t i = 0; i < min_of(group_bytes, row_ahead); i += 64) prefetch(lines + next + i);
             const f32x16 scales = W::scales(lines + line_bytes);
             for (int64_t t = 0; t < block.count; ++t) {
                 const TilePlace& tile = block.places[t];
@@ -316,17 +327,26 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
         });
         return;
     }
-    // Few tokens: memory sets the pace, so as many streams as for one. Many: totals that stay in the first-level cache.
-    const int64_t width = num_rows <= few_tokens ? row_columns : columns, blocks = ceil_div(num_columns, width);
     const Tiles tiles(num_rows);
-    const int64_t most_tiles = max_of(1, min_of(most_rows, activations_cache / W::depth(size)) / tile_height);
+    const int64_t depth = W::depth(size), segments = W::segments(size);
+    // Few tokens: memory sets the pace, so as many streams as for one. Many: totals that stay in the first-level cache.
+    if (num_rows <= few_tokens) {
+        for_blocks(worker, ceil_div(num_columns, columns), row_columns / columns, [&](int64_t first, int64_t last) {
+            alignas(64) float totals[few_tokens * row_columns];
+            const TileBlock place(tiles, 0, tiles.count, rows, depth, segments, totals, row_columns);
+            tile_block<W>(packed, first * columns, min_of(num_columns, last * columns), size, rows, place, epilogue);
+        });
+        return;
+    }
+    const int64_t blocks = ceil_div(num_columns, columns);
+    const int64_t most_tiles = max_of(1, min_of(most_rows, activations_cache / depth) / tile_height);
     const int64_t row_blocks = ceil_div(tiles.count, most_tiles);
     for_chunks(worker, row_blocks * blocks, [&](int64_t chunk) {
-        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * width;
+        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * columns;
         const int64_t first = tiles.count * row_block / row_blocks, last = tiles.count * (row_block + 1) / row_blocks;
         alignas(64) float totals[most_rows * columns];
-        const TileBlock place(tiles, first, last, rows, W::depth(size), W::segments(size), totals, width);
-        tile_block<W>(packed, n0, min_of(num_columns, n0 + width), size, rows, place, epilogue);
+        const TileBlock place(tiles, first, last, rows, depth, segments, totals, columns);
+        tile_block<W>(packed, n0, min_of(num_columns, n0 + columns), size, rows, place, epilogue);
     });
 }
 
@@ -334,6 +354,7 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
 template <class W, class Input, class Epilogue>
 inline void quantized_matmul(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
                              int64_t num_columns, int64_t size, uint8_t* scratch, Epilogue&& epilogue) {
+    if (num_rows == 1) prefetch_share(worker, packed, num_columns, columns, W::panel_bytes(size));
     quantize_activations<W>(worker, x, stride, num_rows, size, scratch);
     quantized_product<W>(worker, packed, num_rows, num_columns, size, scratch, epilogue);
 }

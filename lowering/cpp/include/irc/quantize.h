@@ -14,7 +14,7 @@ IRC_BEGIN
 #if defined(IRC_AVX512)
 constexpr int tile_height = 12;
 #else
-constexpr int tile_height = 6;
+constexpr int tile_height = 4;  // eight sums, weights, activations: more would not fit 16 registers
 #endif
 
 // M rows cut into tiles of nearly equal height.
@@ -80,14 +80,79 @@ IRC_INLINE int32_t make_seed(PairSums sums, int32_t factor) {
 // max |x| of a row, NaN where an entry is not finite.
 template <class Input>
 IRC_INLINE float largest(const Input* x, int64_t size) {
-    f32x16 top = zero(), broken = zero();
-    for (int64_t k = 0; k < size; k += 16) {
+    f32x16 top = zero(), broken = zero(), top2 = zero(), broken2 = zero();
+    int64_t k = 0;
+    for (; k + 32 <= size; k += 32) {
+        const f32x16 v = load(x + k), w = load(x + k + 16);
+        top = max(top, abs(v));
+        broken = fma(v, zero(), broken);
+        top2 = max(top2, abs(w));
+        broken2 = fma(w, zero(), broken2);
+    }
+    for (; k < size; k += 16) {
         const f32x16 v = load_part(x + k, size - k);
         top = max(top, abs(v));
         broken = fma(v, zero(), broken);
     }
-    return reduce_max(top) + reduce_add(broken);
+    return reduce_max(max(top, top2)) + reduce_add(add(broken, broken2));
 }
+
+#if defined(IRC_AVX2)
+template <class Input>
+IRC_INLINE __m256i rounded_32(const Input* x, f32x16 divisor) {
+    const f32x16 first = div(load(x), divisor), second = div(load(x + 16), divisor);
+    const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(first.a), _mm256_cvtps_epi32(first.b));
+    const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(second.a), _mm256_cvtps_epi32(second.b));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+}
+
+// Of 8 vectors the sums over their 8 lanes, in 16 bits.
+IRC_INLINE __m256i lane_sums(const __m256i (&v)[8]) {
+    __m256i pairs[4], fours[2];
+    for (int i = 0; i < 4; ++i)
+        pairs[i] = _mm256_add_epi16(_mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                    _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        fours[i] = _mm256_add_epi16(_mm256_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
+                                    _mm256_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+    return _mm256_add_epi16(_mm256_permute2x128_si256(fours[0], fours[1], 0x20),
+                            _mm256_permute2x128_si256(fours[0], fours[1], 0x31));
+}
+
+// A row's segments as far as they come in eights, into its place in a tile; the number of segments done.
+template <Seeds kind, class Input>
+IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 divisor, int32_t factor, int64_t height,
+                                     int8_t* values, int32_t* seeds) {
+    const int64_t segments = size / segment_size / 8 * 8;
+    for (int64_t s = 0; s < segments; s += 8) {
+        __m256i sums[8];
+        for (int i = 0; i < 8; ++i) {
+            const __m256i bytes = rounded_32(x + (s + i) * segment_size, divisor);
+            int8_t* to = values + (s + i) * segment_size * height;
+            if (height == 1) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+            } else {
+                alignas(32) int32_t fours[8];
+                _mm256_store_si256(reinterpret_cast<__m256i*>(fours), bytes);
+                for (int j = 0; j < 8; ++j) std::memcpy(to + 4 * j * height, fours + j, 4);
+            }
+            if constexpr (kind != Seeds::none) sums[i] = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+        }
+        if constexpr (kind == Seeds::none) continue;
+        __m256i made = lane_sums(sums);
+        if constexpr (kind == Seeds::pairs) {
+            made = _mm256_mullo_epi16(made, _mm256_set1_epi16(static_cast<int16_t>(factor)));
+        } else {
+            made = _mm256_mullo_epi32(_mm256_madd_epi16(made, _mm256_set1_epi16(1)), _mm256_set1_epi32(factor));
+        }
+        alignas(32) int32_t eight[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(eight), made);
+        for (int i = 0; i < 8; ++i) seeds[(s + i) * height] = eight[i];
+    }
+    return segments;
+}
+#endif
 
 // One row into its place in a tile. `segment` is the number of neighbours that share a seed (at most 32), `group` the
 // weights' group: segments do not cross it.
@@ -97,10 +162,16 @@ inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t g
     const float top = largest(x, size);
     const float scale = top == 0.0f ? 1.0f : top / 127.0f;
     const f32x16 divisor = set1(scale);
+    // Groups of whole segments need not be told apart.
+    const int64_t step = group % segment_size == 0 ? segment_size : group;
     int64_t segment_index = 0;
-    for (int64_t start = 0; start < depth; start += group) {
-        for (int64_t k = start; k < start + group; k += segment_size) {
-            const int64_t length = min_of(segment_size, start + group - k);
+#if defined(IRC_AVX2)
+    if (step == segment_size)
+        segment_index = quantize_segments<kind>(x, size, divisor, factor, height, values, seeds);
+#endif
+    for (int64_t start = segment_index * segment_size; start < depth; start += step) {
+        for (int64_t k = start; k < start + step; k += segment_size) {
+            const int64_t length = min_of(segment_size, start + step - k);
             alignas(32) int8_t bytes[32] = {};
             for (int64_t i = 0; i < length; i += 16) {
                 const int64_t left = min_of(length - i, size - k - i);
