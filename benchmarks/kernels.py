@@ -278,8 +278,8 @@ def _functions(layers: list[tuple[str, int, int]], weights: list[str]) -> tuple[
         args = {"worker": "worker", "x": "x", "packed": "packed", "batch": "1", "height": str(size), "width": str(size),
                 "out_height": str(out_size), "out_width": str(out_size)}  # fmt: skip
         copy = (
-            "[&](int64_t, int64_t o, int64_t p0, int64_t p1, const float* from)"
-            f" {{ std::memcpy(out + o * {out_size * out_size} + p0, from, (p1 - p0) * 4); }}"
+            "[&](int64_t m, int64_t n0, int64_t n1, const float* from)"
+            f" {{ std::memcpy(out + m * {convolution.out_channels} + n0, from, (n1 - n0) * 4); }}"
         )
         body = conv2d.call(convolution, args, copy)
         functions[f"conv{index}"] = _function(f"conv{index}", "const float* x, const uint8_t* packed, float* out", body)

@@ -107,6 +107,23 @@ class CpuArtifact(Artifact):
         self._library.run(sizes, given, made)
         return results
 
+    def kernel_times(self, *inputs: Any, runs: int = 5) -> list[tuple[str, float]]:
+        """(kernel and the last node that it computes, milliseconds a run), in the order of the step.
+
+        Raises:
+            OptionError: the program was built without the option `profile`.
+        """
+        parts = self.manifest.get("parts")
+        if not parts:
+            raise OptionError("this artifact does not measure its kernels: compile with options={'profile': True}")
+        self.run(*inputs)
+        self._library.part_times(len(parts))
+        for _ in range(runs):
+            self.run(*inputs)
+        return [
+            (str(part), ns / runs / 1e6) for part, ns in zip(parts, self._library.part_times(len(parts)), strict=True)
+        ]
+
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
         if self.kv_cache is None:
             raise TargetError("this cpu artifact has no key-value cache: use the pass insert-kv-cache")

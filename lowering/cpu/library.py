@@ -163,6 +163,14 @@ class Library:
         self._arena_at = (self._arena.data_ptr() + 63) // 64 * 64
         self._arena_sizes = sizes
 
+    def part_times(self, count: int) -> list[int]:
+        """Nanoseconds by part since the last call of this, of a program built with `profile`."""
+        self._object.irc_part_times.restype = ctypes.POINTER(ctypes.c_int64)
+        totals = self._object.irc_part_times()
+        found = totals[:count]
+        ctypes.memset(totals, 0, 8 * count)
+        return list(found)
+
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena as it is now."""

@@ -21,6 +21,7 @@ class CpuOptions:
         save_isas: instruction sets to build into a saved artifact (empty: the one in use).
         activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the
             program multiplies with floats (a scale a token; an approximation, and said so in the notes).
+        profile: measure what each kernel of a step takes (`CpuArtifact.kernel_times`), at the price of a barrier.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
     """
 
@@ -30,6 +31,7 @@ class CpuOptions:
     save_isas: Sequence[str] = ()
     activations: Literal["program", "int8"] = "program"
     templates: bool = True
+    profile: bool = False
 
     def __post_init__(self) -> None:
         for isa in (*([self.isa] if self.isa is not None else []), *self.save_isas):

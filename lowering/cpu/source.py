@@ -36,6 +36,10 @@ IRC_EXPORT void irc_run(void* pool, const int64_t* sizes, void* const* inputs, v
 }
 """
 
+PROFILE_INTERFACE = """
+extern "C" IRC_EXPORT int64_t* irc_part_times() { return times.totals; }
+"""
+
 
 @dataclass
 class SourceText:
@@ -46,12 +50,14 @@ class SourceText:
         num_functions: kernels printed, after those of equal text became one.
         num_barriers: times that the workers meet in a step.
         num_barriers_alone: the same with one token.
+        parts: what each step of the program is, for a profile.
     """
 
     text: str
     num_functions: int
     num_barriers: int
     num_barriers_alone: int
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,7 +78,7 @@ class _Functions:
 
 def print_program(
     program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int],
-    private: Private | None = None,
+    private: Private | None = None, *, profile: bool = False,
 ) -> SourceText:  # fmt: skip
     """The source of a scheduled program.
 
@@ -80,6 +86,7 @@ def print_program(
         weights: gets the weights that the steps read; offsets are part of the text.
         dims: dimension → its place among the sizes.
         private: what workers compute for themselves with one token; `plan` was made for it.
+        profile: measure each step's time, which then ends at a barrier.
     """
     private = private or Private()
     functions, includes, scratch = _Functions(), list(_INCLUDES), list[str]()
@@ -96,11 +103,17 @@ def print_program(
         written = {pointers.place(b) for b in writes} | ({"scratch"} if made.scratch else set())
         steps.append(Step(comment, statement, written, {pointers.place(b) for b in reads}))
     steps += _copies(program, schedule, pointers)
+    profile = profile and bool(steps)
+    if profile:
+        for number, one in enumerate(steps):
+            one.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
+        includes.append("irc/profile.h")
     lines, barriers, barriers_alone = with_barriers(steps, {pointers.place(b) for b in private.buffers})
     sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
     layout, total = _layout(plan, scratch, private)
     text = "".join(f"#include {_include(i)}\n" for i in includes)
     text += f"\nnamespace {{\n\n// Program {program.name}.\n\n"
+    text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile else ""
     text += "\n".join(functions.texts)
     text += "\nstruct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
     text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
@@ -111,8 +124,16 @@ def print_program(
     text += "    const int64_t* const sizes = arguments.sizes;\n"
     text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
     layout += _OWN_WORKER
-    text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *lines]) + "\n}\n\n}  // namespace\n"
-    return SourceText(text + INTERFACE, len(functions.texts), barriers, barriers_alone)
+    started = ["    times.start(worker.index);"] if profile else []
+    text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *started, *lines])
+    text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if profile else "")
+    parts = tuple(_part(step) for step in steps) if profile else ()
+    return SourceText(text, len(functions.texts), barriers, barriers_alone, parts)
+
+
+def _part(step: Step) -> str:
+    """A step in a profile: its function, and the last node that it computes."""
+    return step.statement.split("(", 1)[0] + (f": {step.comment[-1]}" if step.comment else "")
 
 
 class _Pointers:

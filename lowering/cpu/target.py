@@ -60,7 +60,7 @@ class CpuTarget(Target):
         weights = WeightBlock()
         private = find_private(schedule)
         plan = plan_memory(schedule, hints_of(own), private.buffers)
-        printed = print_program(own, schedule, plan, weights, dims_of(own), private)
+        printed = print_program(own, schedule, plan, weights, dims_of(own), private, profile=chosen.profile)
         kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
         notes.append(
             f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
@@ -68,6 +68,8 @@ class CpuTarget(Target):
             f" ({printed.num_barriers_alone} with one token)"
         )
         manifest = _manifest(own, schedule, weights, notes)
+        if chosen.profile:
+            manifest["parts"] = list(printed.parts)
         return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:

@@ -79,7 +79,8 @@ def _fits(demand: Demand, trial: _Trial, node: fx.Node, last: fx.Node) -> bool:
     shape, result = definer.shape(node), definer.shape(last)
     if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
         return False
-    if demand.sites[node].columns > 1 and shape != result:
+    site = demand.sites[node]
+    if (site.columns > 1 or site.order is not None) and shape != result:
         return False
     symbols, _ = definer.axes(last)
     value = trial.definer.defined(last, symbols)

@@ -20,12 +20,12 @@ from irc.core.target import op_name
 from irc.lowering.kernels.buffers import Buffer, row_major
 from irc.lowering.kernels.definitions import Definer, convert, settle
 from irc.lowering.kernels.epilogues import choose_epilogues, finished
-from irc.lowering.kernels.indexing import simplify
+from irc.lowering.kernels.indexing import ZERO, simplify
 from irc.lowering.kernels.joining import MAX_STORES, OpenKernel, joined
 from irc.lowering.kernels.kernel import Kernel, Origin
-from irc.lowering.kernels.placement import in_memory, order_of_reads
+from irc.lowering.kernels.placement import in_memory, layout_of_readers, order_of_reads
 from irc.lowering.kernels.schedule import AxisRange, Item, build_epilogue, build_kernel
-from irc.lowering.kernels.sites import Matcher, Memory, Site, TemplateCall
+from irc.lowering.kernels.sites import LAYOUTS, Matcher, Memory, Site, TemplateCall
 from irc.lowering.kernels.stored import WRITES, Demand, is_tensor
 from irc.lowering.kernels.values import Apply, Index, Literal, Value, loads
 
@@ -71,12 +71,14 @@ class _Scheduler:
         self.matchers = matchers
         self.schedule = Schedule(program)
         self.steps: list[OpenKernel | TemplateCall] = []
+        self.arranged: dict[tuple[fx.Node, str], Memory] = {}  # copies in the layout that a template reads
         self._names: dict[str, int] = {}
 
     def run(self) -> Schedule:
         self._inputs_and_weights()
         demand = Demand(self.program, self.definer, self.matchers)
         self.sites, self.stored, self.pointers = demand.sites, demand.stored, demand.pointers
+        self.readers = demand.readers
         self.absorbed = choose_epilogues(demand)
         for node in self.program.graph.nodes:
             if node in self.stored and node not in self.absorbed:
@@ -123,7 +125,7 @@ class _Scheduler:
         value = self.definer.defined(node, symbols)
         order = None
         if not (dense or node in self.pointers or node in self.program.outputs):
-            order = order_of_reads(value, symbols)
+            order = layout_of_readers(node, self.readers, self.sites) or order_of_reads(value, symbols)
         shape = self.definer.shape(node)
         kind = "output" if node in self.program.outputs else "temporary"
         buffer = self._buffer(node, node.name, row_major(shape, order), kind)
@@ -197,8 +199,9 @@ class _Scheduler:
         else:
             symbols, axes = self.definer.axes(result)
             value = finished(self.definer, site, result, symbols)
-            buffer = self._buffer(result, result.name, row_major(shape), kind)
+            buffer = self._buffer(result, result.name, row_major(shape, None if kind == "output" else site.order), kind)
             offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
+            axes = axes if site.order is None else tuple(axes[i] for i in site.order)
             item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)
             columns = [axis for axis in axes[len(axes) - site.columns :] if axis in item.axes]
             epilogue = build_epilogue(f"{name}_epilogue", item, columns, self.definer.ranges)
@@ -208,11 +211,27 @@ class _Scheduler:
         """Where a node's value lies; it gets memory of its own if it has none that fits."""
         symbols, _ = self.definer.axes(node)
         found = in_memory(self.definer, node, symbols, layout)
+        if found is None and layout in LAYOUTS:
+            return self._arranged(node, symbols, layout)
         if found is None:
             self._materialize(node, dense=True)
             found = in_memory(self.definer, node, symbols, layout)
         assert found is not None
         return found
+
+    def _arranged(self, node: fx.Node, symbols: tuple[sympy.Symbol, ...], layout: str) -> Memory:
+        """A copy of a value in a layout, for all templates that want it."""
+        if (node, layout) not in self.arranged:
+            shape, order = self.definer.shape(node), LAYOUTS[layout]
+            name, dtype = self._unique(f"{node.name}.{layout}"), self.definer.dtype(node)
+            buffer = Buffer(name, dtype, shape, row_major(shape, order), "temporary", node.name)
+            self.schedule.buffers[name] = buffer
+            _, axes = self.definer.axes(node)
+            value = settle(self.definer.value(node, symbols), dtype)
+            offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
+            self._add(Item(buffer, _real(tuple(axes[i] for i in order)), offset, value, origins=self._origins(node)))
+            self.arranged[node, layout] = Memory(buffer, shape, buffer.strides, ZERO)
+        return self.arranged[node, layout]
 
     # ------------------------------------------------------------ kernels
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import sympy
 import torch.fx as fx
 
 from irc.lowering.kernels.buffers import row_major
 from irc.lowering.kernels.definitions import Definer
 from irc.lowering.kernels.indexing import ZERO
-from irc.lowering.kernels.sites import Memory
+from irc.lowering.kernels.sites import LAYOUTS, Memory, Site
 from irc.lowering.kernels.values import Load, Value, loads
 
 
@@ -26,8 +28,8 @@ def in_memory(definer: Definer, node: fx.Node, symbols: tuple[sympy.Expr, ...], 
     if sympy.expand(linear - value.offset) != 0:
         return None
     shape = definer.shape(node)
-    dense = row_major(shape)
-    if layout == "rows":
+    dense = row_major(shape, LAYOUTS.get(layout))
+    if layout == "rows" or layout in LAYOUTS:
         fits = all(size == 1 or sympy.expand(a - b) == 0 for size, a, b in zip(shape, strides, dense, strict=True))
     else:
         fits = shape[-1] == 1 or strides[-1] == 1
@@ -54,3 +56,14 @@ def order_of_reads(value: Value, symbols: tuple[sympy.Symbol, ...]) -> tuple[int
             return None
     order = sorted(range(len(symbols)), key=lambda i: -steps[i])
     return None if order == list(range(len(symbols))) else tuple(order)
+
+
+def layout_of_readers(
+    node: fx.Node, readers: Mapping[fx.Node, Sequence[fx.Node]], sites: Mapping[fx.Node, Site]
+) -> tuple[int, ...] | None:
+    """Axes from slowest to fastest as a template asks for them that reads the node; None: none does."""
+    for reader in readers.get(node, ()):
+        for read, layout in sites[reader].reads if reader in sites else ():
+            if read is node and layout in LAYOUTS:
+                return LAYOUTS[layout]
+    return None

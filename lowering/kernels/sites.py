@@ -18,6 +18,9 @@ from irc.lowering.kernels.definitions import At, Definer
 from irc.lowering.kernels.kernel import Kernel, Origin
 from irc.lowering.kernels.values import Value
 
+# Layouts of dense tensors: axes from the slowest to the fastest.
+LAYOUTS = {"channels_last": (0, 2, 3, 1)}
+
 Finish = Callable[[Definer, Value, At], Value]
 
 
@@ -28,14 +31,14 @@ class Site:
     Attributes:
         kind: name of the template.
         node: whose value it gives.
-        reads: nodes that it reads as memory, with the layout it needs: `rows` (dense, row-major) or `strided` (any
-            strides, last axis dense).
+        reads: nodes that it reads as memory, with the layout it needs: `rows` (dense, row-major), `strided` (any
+            strides, last axis dense), or one of `LAYOUTS`.
         covers: further nodes that it stands for (a dequantized weight, say).
         problem: sizes and types, hashable; what a template is chosen and written by.
-        order: axes of the result from slowest to fastest in memory.
+        order: axes of the result from slowest to fastest in memory (and of the matrix that an epilogue sees).
         finish: for a template with an epilogue: the node's value at an index, from what the template computed
             there (a bias added, say). Without: the template stores the result itself.
-        columns: trailing axes of the result that the epilogue gets in one piece.
+        columns: trailing axes of the result (in that order) that the epilogue gets in one piece.
     """
 
     kind: str

@@ -15,6 +15,7 @@ from irc.lowering.cpp.templates.attention import AttentionProblem
 from irc.lowering.cpp.templates.base import C_TYPES
 from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
 
+_BIAS_TYPES = {"f32": "float", "bool": "bool"}
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PROBLEMS = {
     "causal": AttentionProblem(width=64, value_width=64, mask="causal", scale=0.125),
@@ -23,6 +24,11 @@ PROBLEMS = {
     "chunked": AttentionProblem(width=32, value_width=32, mask="chunked", window=50, scale=0.2, softcap=3.0),
     "halves": AttentionProblem(width=32, value_width=32, query="f16", cache="bf16", mask="causal", scale=0.2),
     "wide": AttentionProblem(width=160, value_width=160, mask="causal", scale=0.08),
+}
+# With a bias a head, or a mask for all heads whose first query sees nothing.
+BIASED = {
+    "biased": AttentionProblem(width=32, value_width=32, scale=0.2, softcap=3.0, bias="f32"),
+    "masked": AttentionProblem(width=16, value_width=48, mask="causal", scale=0.25, bias="bool"),
 }
 _SIZES = ("batch", "heads", "kv_heads", "queries", "length")
 
@@ -35,6 +41,12 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
     args["query_strides"] = f"queries * heads * {problem.width}, {problem.width}, heads * {problem.width}"
     for key, width in (("keys", problem.width), ("values", problem.value_width)):
         args[f"{key}_strides"] = f"rows * kv_heads * {width}, {width}, kv_heads * {width}"
+    bias = ""
+    if problem.bias is not None:
+        args |= {"bias": "bias", "bias_strides": "queries * length, 0, length, 1"}
+        if problem.bias == "f32":
+            args["bias_strides"] = "0, length, 0, 1"
+        bias = f" const {_BIAS_TYPES[problem.bias]}* bias,"
     if paged:
         args |= {key: key for key in ("sequence_ids", "table", "table_stride")}
         args["page_size"] = "rows"
@@ -49,7 +61,7 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
         f" int64_t length, int workers) {{\n"
         f"    return {template.scratch_expression(problem, args, paged=paged)};\n}}\n"
         f'extern "C" void {name}(int threads, const {query}* query, const {cache}* keys, const {cache}* values,'
-        f" const int64_t* positions, const float* sinks, int64_t batch, int64_t heads, int64_t kv_heads,"
+        f" const int64_t* positions, const float* sinks,{bias} int64_t batch, int64_t heads, int64_t kv_heads,"
         f" int64_t queries, int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table,"
         f" int64_t table_stride, uint8_t* scratch, float* out) {{\n"
         f"    (void)rows; (void)sequence_ids; (void)table; (void)table_stride;\n"
@@ -60,10 +72,10 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
 
 @pytest.fixture(scope="module", params=runnable_isas())
 def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    functions = [_function(name, problem, False) for name, problem in PROBLEMS.items()]
+    functions = [_function(name, problem, False) for name, problem in (PROBLEMS | BIASED).items()]
     functions += [_function(f"paged_{name}", PROBLEMS[name], True) for name in ("causal", "sliding", "halves")]
     library = build(template.INCLUDES, functions, request.param)
-    for name in [*PROBLEMS, "paged_causal", "paged_sliding", "paged_halves"]:
+    for name in [*PROBLEMS, *BIASED, "paged_causal", "paged_sliding", "paged_halves"]:
         getattr(library, f"{name}_scratch").restype = ctypes.c_int64
     return library
 
@@ -103,12 +115,13 @@ def _reference(
     values: Tensor,
     positions: Tensor | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(attention in f64 of [B, H, S, D] operands, bound on the error)."""
     query, keys, values = query.double(), keys.double(), values.double()
     options = {
         "positions": positions, "sinks": None if sinks is None else sinks.double(), "mask": problem.mask,
-        "window": problem.window, "scale": problem.scale, "softcap": problem.softcap,
+        "window": problem.window, "scale": problem.scale, "softcap": problem.softcap, "bias": bias,
     }  # fmt: skip
     wanted = torch.ops.irc.attention(query, keys, values, **options)
     weighed = torch.ops.irc.attention(query, keys, values.abs(), **options)
@@ -143,6 +156,27 @@ def test_equals_the_reference(kernels: ctypes.CDLL, name: str) -> None:
             found = _call(
                 kernels, name, threads, [batch, heads, kv_heads, queries, length],
                 [query, keys, values, None, None], length, None, problem.value_width,
+            )  # fmt: skip
+            _check(found, wanted, bound, f"{(batch, heads, kv_heads, queries, length)}, {threads} threads")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", BIASED)
+def test_bias(kernels: ctypes.CDLL, name: str) -> None:
+    problem = BIASED[name]
+    for batch, heads, kv_heads, queries, length in SHAPES:
+        query = _random((batch, queries, heads, problem.width), "f32", 1)
+        keys = _random((batch, length, kv_heads, problem.width), "f32", 2)
+        values = _random((batch, length, kv_heads, problem.value_width), "f32", 3)
+        bias = _random((1, heads, 1, length) if name == "biased" else (batch, 1, queries, length), "f32", 4)
+        if name == "masked":
+            bias = bias > 0
+            bias[:, :, 0] = False
+        wanted, bound = _reference(problem, *(x.transpose(1, 2) for x in (query, keys, values)), None, None, bias)
+        for threads in (1, 3):
+            found = _call(
+                kernels, name, threads, [batch, heads, kv_heads, queries, length],
+                [query, keys, values, None, None, bias], length, None, problem.value_width,
             )  # fmt: skip
             _check(found, wanted, bound, f"{(batch, heads, kv_heads, queries, length)}, {threads} threads")
 
@@ -219,7 +253,7 @@ def test_paged(kernels: ctypes.CDLL, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"has_bias": True}, "bias"),
+        ({"bias": "i64"}, "bias in i64"),
         ({"query": "f64"}, "queries in f64"),
         ({"cache": "i8"}, "keys and values in i8"),
         ({"mask": "prefix"}, "known: full"),

@@ -9,6 +9,7 @@ import torch
 
 from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import conv2d as template
+from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
 
@@ -21,18 +22,30 @@ CASES = (
     (ConvProblem(channels=12, out_channels=18, kernel=(3, 2), padding=(2, 1), dilation=(2, 3), groups=6), 15, 19),
     (ConvProblem(channels=6, out_channels=6, kernel=(3, 3), padding=(1, 1), groups=6), 20, 50),
     (ConvProblem(channels=5, out_channels=3, kernel=(4, 4)), 4, 4),
+    (
+        ConvProblem(
+            channels=67, out_channels=67, kernel=(3, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=67
+        ),
+        9,
+        7,
+    ),
+    (ConvProblem(channels=96, out_channels=300, kernel=(3, 3), stride=(2, 2), padding=(1, 1), groups=2), 11, 12),
+    (ConvProblem(channels=8, out_channels=16, kernel=(1, 1), padding=(1, 0), groups=8), 5, 6),
+    (ConvProblem(channels=33, out_channels=40, kernel=(3, 5), padding=(3, 4), activation="bf16", weight="bf16"), 6, 5),
+    (ConvProblem(channels=20, out_channels=20, kernel=(3, 3), groups=20, activation="f16", weight="f16"), 8, 8),
 )
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def _function(name: str, problem: ConvProblem) -> str:
     sizes = ("batch", "height", "width", "out_height", "out_width")
     args = {key: key for key in ("worker", "x", "packed", *sizes)}
     epilogue = (
-        f"[&](int64_t b, int64_t o, int64_t p0, int64_t p1, const float* values) {{ for (int64_t p = p0; p < p1; ++p)"
-        f" out[(b * {problem.out_channels} + o) * out_height * out_width + p] += values[p - p0]; }}"
+        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{ for (int64_t n = n0; n < n1; ++n)"
+        f" out[m * {problem.out_channels} + n] += values[n - n0]; }}"
     )
     return (
-        f'extern "C" void {name}(int threads, const float* x, const uint8_t* packed,'
+        f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, const uint8_t* packed,'
         f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out) {{\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
         "    pool(threads).run(body);\n}"
@@ -50,29 +63,32 @@ def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
 def test_equals_the_reference(kernels: ctypes.CDLL, index: int) -> None:
     problem, height, width = CASES[index]
     generator = torch.Generator().manual_seed(index)
-    x = torch.randn(2, problem.channels, height, width, generator=generator)
+    x = torch.randn(2, problem.channels, height, width, generator=generator).to(DTYPES[problem.activation])
     channels = problem.channels // problem.groups
-    weight = torch.randn(problem.out_channels, channels, *problem.kernel, generator=generator)
+    weight = torch.randn(problem.out_channels, channels, *problem.kernel, generator=generator).to(
+        DTYPES[problem.weight]
+    )
     options = {key: getattr(problem, key) for key in ("stride", "padding", "dilation", "groups")}
     wanted = torch.nn.functional.conv2d(x.double(), weight.double(), **options)
     bound = (
-        (problem.places + 1) * 2.0**-24 * torch.nn.functional.conv2d(x.double().abs(), weight.double().abs(), **options)
+        (problem.places + 4) * 2.0**-24 * torch.nn.functional.conv2d(x.double().abs(), weight.double().abs(), **options)
     )
     packed = template.pack(problem, weight)
     assert packed.numel() == template.packed_bytes(problem)
     memory = aligned(packed.numel())
     memory.copy_(packed)
     sizes = [ctypes.c_int64(size) for size in (2, height, width, *wanted.shape[2:])]
+    x = x.permute(0, 2, 3, 1).contiguous()
     for threads in (1, 3):
-        out = torch.zeros(wanted.shape)
+        out = torch.zeros_like(wanted.permute(0, 2, 3, 1), dtype=torch.float32).contiguous()
         getattr(kernels, f"case{index}")(threads, pointer(x), pointer(memory), *sizes, pointer(out))
-        excess = ((out - wanted).abs() - bound).max()
+        excess = ((out.permute(0, 3, 1, 2) - wanted).abs() - bound).max()
         assert excess <= 0, f"{threads} threads: {float(excess):.3g} beyond the bound"
 
 
 def test_refuses() -> None:
-    problem = ConvProblem(channels=4, out_channels=4, kernel=(1, 1), activation="bf16")
-    assert "only f32" in (template.refuses(problem, "avx2") or "")
+    problem = ConvProblem(channels=4, out_channels=4, kernel=(1, 1), activation="f64")
+    assert "in f64" in (template.refuses(problem, "avx2") or "")
     problem = ConvProblem(channels=4, out_channels=4, kernel=(1, 1), groups=3)
     assert "do not divide" in (template.refuses(problem, "avx2") or "")
     with pytest.raises(TargetError, match="do not divide"):

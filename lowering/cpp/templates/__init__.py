@@ -3,8 +3,8 @@
 Every template is a module with the same five names:
 
 - `refuses(problem, isa)`: why the template cannot do the problem, or None.
-- `pack(problem, …)`: the constant operand in the layout that the kernel reads, as a uint8 tensor. The layout is the
-  same for all instruction sets, so one artifact runs on every machine.
+- `pack(problem, …)`: the constant operand, if there is one, in the layout that the kernel reads, as a uint8 tensor.
+  The layout is the same for all instruction sets, so one artifact runs on every machine.
 - `scratch_bytes(problem, num_rows, num_workers)`: bytes that `call` needs besides its operands, 64-byte aligned.
 - `INCLUDES`: headers for the printed file.
 - `call(problem, args, epilogue)`: C++ statements that every worker runs.

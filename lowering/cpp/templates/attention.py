@@ -18,6 +18,7 @@ from irc.lowering.cpp.templates.base import C_TYPES
 INCLUDES = ("irc/attention.h",)
 MASKS = ("full", "causal", "sliding", "chunked")
 _WIDEST = 512
+_BIASES = {**C_TYPES, "bool": "bool"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class AttentionProblem:
         window: of sliding and chunked masks.
         scale: of the scores.
         softcap: of the scores, or None.
-        has_bias: an additive bias or a mask tensor is given.
+        bias: type of a tensor [batch, heads, queries, keys] that is added to the scores: f32, bf16, f16, or bool, which
+            keeps scores where it is true. None: there is none.
     """
 
     width: int
@@ -44,13 +46,13 @@ class AttentionProblem:
     window: int | None = None
     scale: float = 1.0
     softcap: float | None = None
-    has_bias: bool = False
+    bias: str | None = None
 
 
 def refuses(problem: AttentionProblem, isa: str) -> str | None:
     """Why the template cannot do the problem, or None. The same on every instruction set."""
-    if problem.has_bias:
-        return "attention with a bias tensor"
+    if problem.bias is not None and problem.bias not in _BIASES:
+        return f"a bias in {problem.bias}; known: {', '.join(_BIASES)}"
     for what, kind in (("queries", problem.query), ("keys and values", problem.cache)):
         if kind not in C_TYPES:
             return f"{what} in {kind}; known: {', '.join(C_TYPES)}"
@@ -77,6 +79,7 @@ def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> s
 
     Args: worker, scratch; batch, heads, kv_heads, queries, length; query, keys, values, each with `<name>_strides`:
         three expressions "batch, head, row" in elements.
+        With a bias: bias, and `bias_strides`: four expressions "batch, head, query, key", 0 where it is broadcast.
         Optional (default nullptr): positions (const int64_t* [batch, queries]), sinks (const float* [heads]).
         Flat tokens over a paged cache: sequence_ids (const int64_t* [queries]), table (const int64_t*), table_stride,
         page_size; batch is 1, the batch stride of keys and values is a block's, length is the table's width times
@@ -88,16 +91,20 @@ def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> s
     query, cache = C_TYPES[problem.query], C_TYPES[problem.cache]
     paging = f", {args['table']}, {args['table_stride']}, {args['page_size']}" if "table" in args else ""
     sizes = ", ".join(args[name] for name in ("batch", "heads", "kv_heads", "queries", "length"))
+    bias_type, bias = "irc::NoBias", ""
+    if problem.bias is not None:
+        bias_type = f"irc::BiasRows<{_BIASES[problem.bias]}>"
+        bias = f", {{{args['bias']}, {args['bias_strides']}}}"
     return (
         "{\n"
-        f"    const irc::AttentionArguments<{query}, {cache}> attended{{\n"
+        f"    const irc::AttentionArguments<{query}, {cache}, {bias_type}> attended{{\n"
         f"        {args['query']}, {args['query_strides']},\n"
         f"        {{{args['keys']}, {args['keys_strides']}{paging}}},\n"
         f"        {{{args['values']}, {args['values_strides']}{paging}}},\n"
         f"        {args.get('positions', 'nullptr')}, {args.get('sequence_ids', 'nullptr')},"
         f" {args.get('sinks', 'nullptr')}, {sizes},\n"
         f"        irc::MaskKind::{problem.mask}, {problem.window or 0}, {_float(problem.scale)},"
-        f" {_float(problem.softcap or 0.0)}}};\n"
+        f" {_float(problem.softcap or 0.0)}{bias}}};\n"
         f"    irc::attention<{problem.width}, {problem.value_width}>({args['worker']}, attended, {args['scratch']},"
         f" {epilogue});\n"
         "}\n"

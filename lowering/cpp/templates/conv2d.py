@@ -1,8 +1,9 @@
-"""Convolution over two axes in f32, channels first, weights packed once: an implicit matrix product over pixels.
+"""Convolution over two axes, channels last, weights packed once: a matrix product that gathers its rows.
 
-Groups, strides, zero padding and dilation. `irc/conv.h` has the layout and the bound on the error.
+Groups, strides, zero padding and dilation; f32, bf16 and f16, summed in f32. `irc/conv.h` has the layout and the bound
+on the error.
 
-`epilogue(b, o, p0, p1, values)` gets pixels p0 to p1 (y · width + x) of output channel o as f32.
+`epilogue(m, n0, n1, values)` gets channels n0 to n1 of pixel m (of all images) as f32.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor
 
 from irc.core.errors import TargetError
-from irc.lowering.cpp.templates.base import as_bytes, pad_to, wrong_shape
+from irc.lowering.cpp.templates import float_matmul
+from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, pad_to, wrong_shape
 
 INCLUDES = ("irc/conv.h",)
-# irc/conv.h: conv_depth, conv_stride.
-_DEPTH, _STRIDE = 256, 272
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvProblem:
-    """`aten.conv2d` of x [B, C, H, W] with w [O, C / groups, KH, KW].
+    """`aten.conv2d` of x [B, H, W, C] (as it lies in memory) with w [O, C / groups, KH, KW].
 
     Attributes:
         activation, weight: their types.
@@ -44,18 +45,32 @@ class ConvProblem:
         """Inputs under one output."""
         return self.channels // self.groups * self.kernel[0] * self.kernel[1]
 
+    @property
+    def depthwise(self) -> bool:
+        """Every channel is a group of its own."""
+        return self.groups == self.channels == self.out_channels
+
+    @property
+    def product(self) -> MatmulProblem:
+        """One group as a matrix product over pixels."""
+        return MatmulProblem(
+            rows="pixels", columns=self.out_channels // self.groups, depth=self.places, weight=self.weight,
+            activation=self.activation,
+        )  # fmt: skip
+
 
 def refuses(problem: ConvProblem, isa: str) -> str | None:
     """Why the template cannot do the problem, or None. The same on every instruction set."""
-    if (problem.activation, problem.weight) != ("f32", "f32"):
-        return f"convolution of {problem.activation} with {problem.weight}; only f32 with f32"
+    for what, kind in (("activations", problem.activation), ("weights", problem.weight)):
+        if kind not in C_TYPES:
+            return f"convolution of {what} in {kind}; known: {', '.join(C_TYPES)}"
     if problem.channels % problem.groups or problem.out_channels % problem.groups:
         return f"{problem.groups} groups do not divide {problem.channels} and {problem.out_channels} channels"
     return None
 
 
 def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
-    """w [O, C / groups, KH, KW] as [groups][blocks of places][O / groups][272] f32, as bytes.
+    """w [O, C / groups, KH, KW] as the panels of each group, as bytes; depthwise as f32 [KH KW][channels].
 
     Raises:
         TargetError: the weight does not fit the problem.
@@ -64,15 +79,23 @@ def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
     if reason:
         raise TargetError(f"conv2d cannot do {problem}: {reason}")
     wanted = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-    if tuple(weight.shape) != wanted or weight.dtype != torch.float32:
-        raise wrong_shape("weight", f"{weight.dtype}{list(weight.shape)}", f"f32{list(wanted)}")
-    rows = pad_to(weight.flatten(1), 1, _DEPTH).unflatten(0, (problem.groups, -1)).unflatten(2, (-1, _DEPTH))
-    return as_bytes(torch.nn.functional.pad(rows.transpose(1, 2), (0, _STRIDE - _DEPTH)).flatten())
+    if tuple(weight.shape) != wanted or weight.dtype != _DTYPES[problem.weight]:
+        raise wrong_shape("weight", f"{weight.dtype}{list(weight.shape)}", f"{problem.weight}{list(wanted)}")
+    if problem.depthwise:
+        return as_bytes(pad_to(weight.float().flatten(1).t(), 1, PANEL).flatten())
+    return torch.cat([float_matmul.pack(problem.product, rows) for rows in rows_of_groups(problem, weight)])
+
+
+def rows_of_groups(problem: ConvProblem, weight: Tensor) -> list[Tensor]:
+    """A weight as one matrix [O / groups, KH KW C / groups] for each group."""
+    return list(weight.permute(0, 2, 3, 1).flatten(1).unflatten(0, (problem.groups, -1)))
 
 
 def packed_bytes(problem: ConvProblem) -> int:
     """Bytes of `pack`'s result."""
-    return -(-problem.places // _DEPTH) * problem.out_channels * _STRIDE * 4
+    if problem.depthwise:
+        return problem.places * -(-problem.channels // PANEL) * PANEL * 4
+    return problem.groups * float_matmul.packed_bytes(problem.product)
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
@@ -83,15 +106,20 @@ def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
 def call(problem: ConvProblem, args: Mapping[str, str], epilogue: str) -> str:
     """Convolves.
 
-    Args: worker, x (const float*, contiguous), packed (const uint8_t*), batch, height, width, out_height, out_width.
+    Args: worker, x (dense, channels last), packed (const uint8_t*), batch, height, width, out_height, out_width.
     """
+    return (
+        f"irc::conv2d<{C_TYPES[problem.weight]}>({args['worker']}, {shape_text(problem, args)}, {args['x']},"
+        f" {args['packed']}, {epilogue});\n"
+    )
+
+
+def shape_text(problem: ConvProblem, args: Mapping[str, str]) -> str:
+    """The problem at the sizes in `args` as irc::ConvShape."""
     sizes = (
         f"{args['batch']}, {problem.channels}, {args['height']}, {args['width']}, {problem.out_channels},"
         f" {args['out_height']}, {args['out_width']}, {problem.groups}"
     )
     pairs = (problem.kernel, problem.stride, problem.padding, problem.dilation)
     window = ", ".join(str(size) for pair in pairs for size in pair)
-    return (
-        f"irc::conv2d({args['worker']}, irc::ConvShape{{{sizes}, {window}}}, {args['x']},"
-        f" reinterpret_cast<const float*>({args['packed']}), {epilogue});\n"
-    )
+    return f"irc::ConvShape{{{sizes}, {window}}}"

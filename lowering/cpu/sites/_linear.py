@@ -78,6 +78,14 @@ def function(
     )  # fmt: skip
 
 
+def constant(node: fx.Node) -> bool:
+    """Computed from weights alone: a weight once constants are folded."""
+    inputs = node.all_input_nodes
+    return node.op == "get_attr" or (
+        node.op == "call_function" and bool(inputs) and all(constant(used) for used in inputs)
+    )
+
+
 def rows_text(rows: sympy.Expr) -> str:
     return f"int64_t({size_text(rows, {})})"
 

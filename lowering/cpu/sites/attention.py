@@ -37,13 +37,16 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     problem = AttentionProblem(
         width=int(query.shape[-1]), value_width=int(value.shape[-1]), query=query.dtype, cache=key.dtype,
         mask=str(call.raw("mask")), window=call.raw("window"), scale=float(call.raw("scale")),
-        softcap=call.raw("softcap"), has_bias=call.has("bias"),
+        softcap=call.raw("softcap"), bias=call.operand("bias").dtype if call.has("bias") else None,
     )  # fmt: skip
+    if problem.bias is not None and (paged or len(call.operand("bias").shape) != 4):
+        return None
     if template.refuses(problem, "plain") is not None:
         return None
     reads = [(operand, "strided") for operand in operands]
     further = ("block_tables", "sequence_ids", "positions") if paged else ("positions",)
     reads += [(call._arguments[name], "rows") for name in (*further, "sinks") if call.has(name)]
+    reads += [(call._arguments["bias"], "strided")] if problem.bias is not None else []
     # Heads lie side by side in memory, so that what follows, a layer over all of them, reads dense rows.
     return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
 
@@ -70,7 +73,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     further = list(call.reads[3:])
     sizes: set[sympy.Symbol] = set()
 
-    def text(expr: sympy.Expr) -> str:
+    def text(expr: sympy.Expr | int) -> str:
+        expr = sympy.sympify(expr)
         sizes.update(expr.free_symbols)
         return f"int64_t({size_text(expr, {})})"
 
@@ -87,16 +91,20 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     else:
         args |= _contiguous_sizes(query, keys, values, text)
         names = ("positions",) if node.has("positions") else ()
-    for name, memory in zip((*names, *(("sinks",) if node.has("sinks") else ())), further, strict=True):
+    names = (*names, *(name for name in ("sinks", "bias") if node.has(name)))
+    for name, memory in zip(names, further, strict=True):
         parameters.append(f"const {STORAGE_TYPES[memory.buffer.dtype]}* {name}")
         arguments.append(memory)
         args["table" if name == "block_tables" else name] = name
+        if name == "bias":
+            strides = (text(0 if size == 1 else s) for size, s in zip(memory.shape, memory.strides, strict=True))
+            args["bias_strides"] = ", ".join(strides)
     scratch = template.scratch_expression(problem, args, paged=paged)
     parameters.append("uint8_t* scratch")
     arguments.append("arguments.arena + scratch")
-    strides = [text(s) for s in call.write.strides]
-    place = f"s * {strides[0]} + h * {strides[1]}" if paged else (
-        f"b * {strides[0]} + h * {strides[1]} + s * {strides[2]}")  # fmt: skip
+    write_strides = [text(s) for s in call.write.strides]
+    place = " + ".join(f"{index} * {s}" for index, s in zip(("s", "h") if paged else ("b", "h", "s"), write_strides,
+                                                             strict=False))  # fmt: skip
     epilogue = (
         "[&]([[maybe_unused]] int64_t b, int64_t h, int64_t s, const float* row) {\n"
         f"        for (int64_t d = 0; d < {problem.value_width}; ++d)"

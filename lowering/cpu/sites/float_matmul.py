@@ -11,7 +11,7 @@ from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import float_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of, rows_text
+from irc.lowering.cpu.sites._linear import Linear, constant, function, matmul_body, rows_of, rows_text
 from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
@@ -35,7 +35,7 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         if parts is None or parts[2] is not None or parts[3] is not None:
             return None
         stored, covers = str(layer.weight.kwargs["format"]), (layer.weight,)
-    elif layer.weight.op == "get_attr" or _constant(layer.weight):
+    elif layer.weight.op == "get_attr" or constant(layer.weight):
         stored = definer.dtype(layer.weight)
     else:
         return None
@@ -46,14 +46,6 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     if template.refuses(problem, "plain") is not None:
         return None
     return Site("float_matmul", node, ((layer.x, "rows"),), problem, covers=covers, finish=layer.finish())
-
-
-def _constant(node: fx.Node) -> bool:
-    """Computed from weights alone: a weight once constants are folded."""
-    inputs = node.all_input_nodes
-    return node.op == "get_attr" or (
-        node.op == "call_function" and bool(inputs) and all(_constant(used) for used in inputs)
-    )
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:

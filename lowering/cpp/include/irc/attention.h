@@ -19,6 +19,7 @@
 // Sources: Dao 2023, https://arxiv.org/abs/2307.08691; Dao et al. 2023, Flash-Decoding (split over the keys).
 #pragma once
 
+#include "irc/attention_bias.h"
 #include "irc/fmatmul.h"
 
 IRC_BEGIN
@@ -54,7 +55,7 @@ struct CacheRows {
     }
 };
 
-template <class Query, class Stored>
+template <class Query, class Stored, class Bias = NoBias>
 struct AttentionArguments {
     const Query* query;  // [batch, heads, queries, width]
     int64_t query_batch, query_head, query_row;
@@ -66,6 +67,7 @@ struct AttentionArguments {
     MaskKind mask;
     int64_t window;
     float scale, softcap;  // softcap 0: none
+    Bias bias = {};        // added behind the soft cap
 
     int64_t group() const { return heads / kv_heads; }
     int64_t rows() const { return queries * group(); }
@@ -130,9 +132,10 @@ struct RowState {
 };
 
 // One block of keys for rows [0, count) of the state. key_rows and value_rows: pointers to rows of whole vectors.
-template <class State>
+// bias(r, scores) adds to the scores of row r.
+template <class State, class AddBias>
 inline void few_block(State& state, int64_t count, const float* const* key_rows, const float* const* value_rows,
-                      int64_t start, int64_t keys, float softcap) {
+                      int64_t start, int64_t keys, float softcap, const AddBias& bias) {
     constexpr int64_t width = State::width, value_width = State::value_width;
     alignas(64) float scores[few_rows * few_keys];
     for (int64_t t = 0; t < keys; t += 4) {
@@ -157,6 +160,7 @@ inline void few_block(State& state, int64_t count, const float* const* key_rows,
         for (int64_t t = round_up(keys, 4); t < whole; ++t) row[t] = 0.0f;
         if (softcap != 0.0f)
             for (int64_t t = 0; t < whole; t += 16) store(row + t, cap_scores(load(row + t), softcap));
+        bias(r, row);
         const int64_t first = state.range[r].first - start, last = min_of(state.range[r].last - start, keys);
         const float decay = softmax_step(row, whole, first, last, state.top[r], state.total[r]);
         f32x16 sums[value_width / 16];
@@ -245,7 +249,10 @@ inline void few_run(State& state, const Arguments& arguments, int64_t b, int64_t
         const int64_t length = min_of(few_keys, last - start);
         gather_rows<Width>(arguments.keys, sequence, head, start, length, key_buffer, key_rows);
         gather_rows<ValueWidth>(arguments.values, sequence, head, start, length, value_buffer, value_rows);
-        few_block(state, count, key_rows, value_rows, start, length, arguments.softcap);
+        const auto bias = [&](int64_t r, float* scores) {
+            arguments.bias.add(scores, b, head * group + (row + r) % group, (row + r) / group, start, length);
+        };
+        few_block(state, count, key_rows, value_rows, start, length, arguments.softcap, bias);
     }
 }
 
@@ -401,6 +408,7 @@ inline void many_run(ManyState<Width, ValueWidth>& state, const Arguments& argum
             if (arguments.softcap != 0.0f)
                 for (int64_t t = 0; t < whole; t += 16)
                     store(scores + t, cap_scores(load(scores + t), arguments.softcap));
+            arguments.bias.add(scores, b, head * group + (row + r) % group, (row + r) / group, start, seen);
             const float decay = softmax_step(scores, whole, state.range[r].first - start, state.range[r].last - start,
                                              state.top[r], state.total[r]);
             if (decay == 1.0f) continue;

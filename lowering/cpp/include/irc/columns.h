@@ -20,21 +20,4 @@ private:
     void (*call_)(const void*, int64_t, int64_t, int64_t, const float*);
 };
 
-// The same for images: pixels p0 to p1 of channel o.
-class Pixels {
-public:
-    template <class Body>
-    explicit Pixels(const Body& body)
-        : body_(&body), call_([](const void* one, int64_t b, int64_t o, int64_t p0, int64_t p1, const float* values) {
-              (*static_cast<const Body*>(one))(b, o, p0, p1, values);
-          }) {}
-    void operator()(int64_t b, int64_t o, int64_t p0, int64_t p1, const float* values) const {
-        call_(body_, b, o, p0, p1, values);
-    }
-
-private:
-    const void* body_;
-    void (*call_)(const void*, int64_t, int64_t, int64_t, int64_t, const float*);
-};
-
 IRC_END

@@ -1,0 +1,167 @@
+"""Convolutions and linear layers whose activations and weights are both 8-bit integers with static scales.
+
+    dequantize(q_x, s_x, z_x) · dequantize(q_w, s_w)  →  s_x s_w Σ (q_x - z_x) q_w
+
+The sum is exact; it is read from the integers as they are stored, and whatever follows, a quantize of the result
+included, runs in the epilogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch.fx as fx
+
+from irc.core import formats
+from irc.core.formats import QuantFormat
+from irc.core.ops.registry import is_irc_op
+from irc.core.program import Program
+from irc.core.target import op_name
+from irc.lowering.cpp.expressions import size_text
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
+from irc.lowering.cpp.templates import int8_conv2d as template
+from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpu.options import CpuOptions
+from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments
+from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of
+from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
+from irc.lowering.cpu.sites.registry import SiteKind, register_site
+from irc.lowering.cpu.weights import WeightBlock
+from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.sites import Site, TemplateCall
+
+_VIEWS = ("aten.view", "aten.reshape")
+_C_TYPES = {"u8": "uint8_t", "i8": "int8_t"}
+
+
+@dataclass(frozen=True)
+class StaticInt8:
+    """A tensor of 8-bit integers with one scale.
+
+    Attributes:
+        stored: the integers.
+        scale, zero_point: weights of one element; no zero point is 0.
+    """
+
+    stored: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node | None
+
+    @staticmethod
+    def of(definer: Definer, node: fx.Node) -> StaticInt8 | None:
+        """What a dequantize reads, if it is such a tensor and comes back as f32."""
+        if not is_irc_op(node.target, "dequantize") or definer.dtype(node) != "f32":
+            return None
+        given = dict(zip(("stored", "scale", "zero_point", "tensor_scale"), node.args, strict=False)) | dict(
+            node.kwargs
+        )
+        stored, scale, zero_point = (given.get(name) for name in ("stored", "scale", "zero_point"))
+        chosen = formats.parse(str(node.kwargs["format"]))
+        if not isinstance(chosen, QuantFormat) or not chosen.per_tensor or chosen.packs_two:
+            return None
+        parts = [scale, *([] if zero_point is None else [zero_point])]
+        if given.get("tensor_scale") is not None or not all(
+            isinstance(p, fx.Node) and p.op == "get_attr" for p in parts
+        ):
+            return None
+        if definer.dtype(stored) not in _C_TYPES or definer.dtype(scale) != "f32":  # type: ignore[arg-type]
+            return None
+        return StaticInt8(stored, scale, zero_point)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """Signed 8-bit weights with a scale a row, or one for all.
+
+    Attributes:
+        nodes: what stands between the stored integers and the layer.
+    """
+
+    stored: fx.Node
+    scale: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+    @staticmethod
+    def of(node: fx.Node) -> Int8Weight | None:
+        nodes = [node]
+        while op_name(nodes[-1]) in _VIEWS and isinstance(nodes[-1].args[0], fx.Node):
+            nodes.append(nodes[-1].args[0])
+        if not is_irc_op(nodes[-1].target, "dequantize"):
+            return None
+        parts = dequantized_parts(nodes[-1])
+        if parts is None or parts[1] is None or parts[2] is not None or parts[3] is not None:
+            return None
+        chosen = formats.parse(str(nodes[-1].kwargs["format"]))
+        if (
+            not isinstance(chosen, QuantFormat)
+            or chosen.group_size is not None
+            or chosen.packs_two
+            or not chosen.signed
+        ):
+            return None
+        return Int8Weight(parts[0], parts[1], tuple(nodes))
+
+
+def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
+    """The site of a layer over integers on both sides, or None."""
+    layer = Linear.of(node) or Convolution.of(definer, node)
+    if layer is None:
+        return None
+    x, weight = StaticInt8.of(definer, layer.x), Int8Weight.of(layer.weight)
+    if x is None or weight is None or definer.dtype(node) != "f32" or definer.dtype(weight.stored) != "i8":
+        return None
+    kinds = {"activation": definer.dtype(x.stored), "weight": "i8"}
+    if isinstance(layer, Convolution):
+        problem, layout, order = layer.problem(definer, **kinds), "channels_last", (0, 2, 3, 1)
+    else:
+        columns, depth = definer.shape(layer.weight)
+        if not columns.is_Integer or not depth.is_Integer:
+            return None
+        problem = ConvProblem(channels=int(depth), out_channels=int(columns), kernel=(1, 1), **kinds)
+        layout, order = "rows", None
+    if template.refuses(problem, "plain") is not None or definer.dtype(weight.scale) not in ("f32", "f16"):
+        return None
+    return Site("int8_product", node, ((x.stored, layout),), problem, covers=weight.nodes, order=order,
+                finish=layer.finish())  # fmt: skip
+
+
+def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
+    """The call; the weight is packed with the product of both scales."""
+    problem: ConvProblem = call.site.problem
+    definer = Definer(program)
+    layer = Linear.of(call.site.node) or Convolution.of(definer, call.site.node)
+    assert layer is not None
+    assert call.epilogue is not None
+    x, weight = StaticInt8.of(definer, layer.x), Int8Weight.of(layer.weight)
+    assert x is not None
+    assert weight is not None
+    name = f"{weight.stored.target} × {x.scale.target} as panels of bytes"
+    zero = 0 if x.zero_point is None else int(program.weight(x.zero_point).item())
+    integers = program.weight(weight.stored).detach()
+    if name not in weights.offsets:
+        scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels)
+        shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
+        step = program.weight(x.scale).detach().reshape(())
+        weights.add(name, template.pack(problem, integers.reshape(shape), scale * step, zero))
+    sizes: set[sympy.Symbol] = set()
+    narrow = "true" if template.is_narrow(integers) else "false"
+    args = {"worker": "worker", "x": "x", "packed": "packed", "zero": str(zero), "narrow": narrow}
+    if isinstance(layer, Convolution):
+        args |= conv_arguments(definer, call, sizes)
+    else:
+        rows = rows_of(call.reads[0].shape)
+        sizes |= set(rows.free_symbols)
+        args |= dict.fromkeys(("height", "width", "out_height", "out_width"), "1")
+        args["batch"] = f"int64_t({size_text(rows, {})})"
+    epilogue = print_epilogue(call.epilogue)
+    return function(
+        call, (f"const {_C_TYPES[problem.activation]}* x", "const uint8_t* packed"),
+        (call.reads[0], f"arguments.weights + {weights.offsets[name]}"),
+        matmul_body(epilogue, template.call(problem, args, "epilogue")), sizes=sizes,
+        includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+    )  # fmt: skip
+
+
+register_site(SiteKind("int8_product", match, emit, order=0))

@@ -1,0 +1,65 @@
+"""Max pooling over two axes, channels last: lanes are channels, which the kernel IR cannot put inside the window."""
+
+from __future__ import annotations
+
+import sympy
+import torch.fx as fx
+
+from irc.core.program import Program
+from irc.core.target import op_name
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
+from irc.lowering.cpp.templates import max_pool2d as template
+from irc.lowering.cpp.templates.base import C_TYPES
+from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpu.options import CpuOptions
+from irc.lowering.cpu.sites._convolution import conv_arguments
+from irc.lowering.cpu.sites._linear import function, matmul_body
+from irc.lowering.cpu.sites.registry import SiteKind, register_site
+from irc.lowering.cpu.weights import WeightBlock
+from irc.lowering.kernels.definitions import At, Call, Definer, settle
+from irc.lowering.kernels.ops.reductions import pairs
+from irc.lowering.kernels.sites import Site, TemplateCall
+from irc.lowering.kernels.values import Value
+
+
+def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
+    """The site of a max pooling of images, or None."""
+    if op_name(node) != "aten.max_pool2d":
+        return None
+    call = Call(definer, node)
+    x = call.operand("self")
+    if len(x.shape) != 4 or x.node is None or not x.shape[1].is_Integer:
+        return None
+    kernel = pairs(call.raw("kernel_size"), 2)
+    stride = pairs(call.raw("stride") or kernel, 2)
+    padding, dilation = (pairs(call.raw(name), 2) for name in ("padding", "dilation"))
+    channels = int(x.shape[1])
+    problem = ConvProblem(
+        channels=channels, out_channels=channels, groups=channels, kernel=tuple(kernel), stride=tuple(stride),  # type: ignore[arg-type]
+        padding=tuple(padding), dilation=tuple(dilation), activation=x.dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if template.refuses(problem, "plain") is not None:
+        return None
+
+    def finish(own: Definer, acc: Value, index: At) -> Value:
+        return settle(acc, own.dtype(node))
+
+    return Site("max_pool2d", node, ((x.node, "channels_last"),), problem, order=(0, 2, 3, 1), finish=finish)
+
+
+def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
+    """The call."""
+    problem: ConvProblem = call.site.problem
+    assert call.epilogue is not None
+    epilogue = print_epilogue(call.epilogue)
+    sizes: set[sympy.Symbol] = set()
+    args = {"worker": "worker", "x": "x", **conv_arguments(Definer(program), call, sizes)}
+    return function(
+        call, (f"const {C_TYPES[problem.activation]}* x",), (call.reads[0],),
+        matmul_body(epilogue, template.call(problem, args, "epilogue")), sizes=sizes,
+        includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+    )  # fmt: skip
+
+
+register_site(SiteKind("max_pool2d", match, emit))
