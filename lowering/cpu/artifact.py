@@ -17,6 +17,7 @@ from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.paged import StepInputs
 from irc.core.program import Program
 from irc.core.target import Artifact, Options, read_options
 from irc.core.text import parse
@@ -143,6 +144,14 @@ class CpuArtifact(Artifact):
             return bound.run(given[:NUM_INPUTS])
         logits, *caches[:] = self._run(given)
         return logits
+
+    def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
+        """As the base class says; the pages themselves are written into, whatever their size."""
+        self._cache("paged")
+        if not all(page.is_contiguous() for page in pages):
+            raise OptionError("pages must be dense: take them from new_pages")
+        logits, *pages[:] = self._run([*map(_dense, inputs.flat()), *pages])
+        return logits  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------ storage
 
