@@ -124,7 +124,8 @@ class Check:
         jobs, found = {}, {}
         for name, program in programs.items():
             try:
-                found[name] = export_gguf(program, self.folder / "files" / f"{name}.gguf")
+                path = self.folder / "files" / f"{name}.gguf"
+                found[name] = export_gguf(program, path, architecture=models.ASKED.get(name))
             except IrcError as error:
                 self.problems.append(f"{name}: {error}")
                 continue

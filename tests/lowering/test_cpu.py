@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import irc
 from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.paged import StepInputs, tables_in_order
 from irc.core.program import Program
 from irc.core.target import Artifact, get_target
 from irc.frontend import capture
@@ -182,6 +183,14 @@ def test_engine_gives_the_tokens_of_the_reference() -> None:
     reference = irc.compile(steps.language_model(), "insert-kv-cache{max-length=32}", **arguments)
     expected = reference.generate(steps.PROMPTS, max_new_tokens=12).token_ids
     assert compiled.generate(steps.PROMPTS, max_new_tokens=12).token_ids == expected
+    model = compiled.paged_model()
+    pages = model.new_pages(8)
+    places = [page.data_ptr() for page in pages]
+    inputs = StepInputs.of_rows(steps.tokens()[:1], 0, tables_in_order(1, 32, 4), 4)
+    model.paged_step(pages, inputs)
+    assert [page.data_ptr() for page in pages] == places  # however large, they are not copied
+    with pytest.raises(OptionError, match="pages must be dense"):
+        model.paged_step([page[::2] for page in pages], inputs)
 
 
 @pytest.mark.parametrize("weights", ["bits=4,group-size=16", "bits=8,group-size=none", "format=f8e4m3.row"])
