@@ -77,10 +77,9 @@ class Speculation:
         for sequence in sequences:
             sequence.draft, sequence.draft_probs = [], None
         self._batch, self._guessed = len(sequences), 0
-        able = [s for s in sequences if s.constraint is None]
-        lengths = self.controller.lengths(able)
+        lengths = self.controller.lengths(sequences)
         asked = []
-        for sequence, length in zip(able, lengths, strict=True):
+        for sequence, length in zip(sequences, lengths, strict=True):
             room = min(max_length, sequence.prompt_length + sequence.request.max_new_tokens) - len(sequence.ids) - 1
             if min(length, room) > 0:
                 asked.append((sequence, min(length, room)))
