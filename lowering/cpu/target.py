@@ -79,7 +79,17 @@ class CpuTarget(Target):
         return CpuArtifact(manifest, printed.text, block, chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:
-        return portable_passes(program)
+        """Sibling layers as one, where there are any: each layer of a step costs its threads a meeting."""
+        from irc.passes.fuse.merge_gate_up import MergeGateUp
+        from irc.passes.fuse.merge_qkv import MergeQkv
+
+        operations = {op_name(node) for node in program.operations()}
+        merges: list[Pass] = []
+        if operations & {"irc.attention", "irc.flash_attention"}:
+            merges.append(MergeQkv())
+        if "irc.glu" in operations:
+            merges.append(MergeGateUp())
+        return [*merges, *portable_passes(program)]
 
 
 def _matchers(options: CpuOptions) -> list[Any]:

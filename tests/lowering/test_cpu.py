@@ -51,6 +51,12 @@ def test_attention_reads_caches_in_half_floats_as_they_lie() -> None:
     assert check.passed, str(check)
 
 
+def test_default_passes_merge_sibling_layers() -> None:
+    names = [p.name for p in CPU.default_passes(steps.decoder())]
+    assert names == ["merge-qkv", "merge-gate-up", "insert-kv-cache"]
+    assert [p.name for p in CPU.default_passes(steps.cnn())] == ["fold-conv-batch-norm"]
+
+
 def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     artifact = lowered("step")
     caches = artifact.new_caches(2)
