@@ -54,6 +54,12 @@ class SpeculationStats:
         """Accepted tokens of the drafted ones."""
         return self.accepted / self.drafted if self.drafted else None
 
+    def __str__(self) -> str:
+        rate, tokens = self.acceptance_rate, self.tokens_per_step
+        if rate is None or tokens is None:
+            return "speculation: nothing was guessed"
+        return f"speculation: {self.accepted} of {self.drafted} guesses stood ({rate:.0%}), {tokens:.2f} tokens a step"
+
     @property
     def tokens_per_step(self) -> float | None:
         """Tokens a sequence gets in a step."""
