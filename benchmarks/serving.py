@@ -188,19 +188,30 @@ def speculated(
     return result
 
 
-def speculation_tasks(target: str, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
+def copy_heavy(model: PagedModel, prompts: Sequence[list[int]], new_tokens: int, count: int = 4) -> list[list[int]]:
+    """The prompts that make the model copy most: the share of its answer's 4-grams that prompt or answer had before."""
+
+    def copied(prompt: list[int]) -> float:
+        engine, ids = Engine(model, EngineOptions(max_sequences=1)), list(prompt)
+        engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
+        while engine.has_work:
+            ids += [token for output in engine.step() for token in output.token_ids]
+        seen = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        answer = range(len(prompt) - 3, len(seen))
+        return sum(seen[i] in seen[:i] for i in answer) / len(answer)
+
+    return sorted(prompts, key=copied)[-count:]
+
+
+def speculation_tasks(target: str, draft_target: str, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     from irc.demo.corpus import read_documents
     from irc.demo.tinypy import load_tokenizer
 
     tokenizer = load_tokenizer()
-    model, draft = demo("tinypy", target), demo("tinypy-draft", target)
+    model, draft = demo("tinypy", target), demo("tinypy-draft", draft_target)
     documents = read_documents("validation")[:40]
     code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
-    repeated = (
-        "    (0, 1, 0, 0, 1, 0),\n", "    self.assertEqual(result, None)\n", "        0x00, 0x01, 0x02, 0x03,\n",
-        "    'name': 'value', 'size': 'value',\n",
-    )  # fmt: skip
-    copies = [tokenizer.encode(line * 8).ids for line in repeated]
+    copies = copy_heavy(model, [tokenizer.encode(text).ids[:64] for text in documents], new_tokens)
     noise = prompts_of(8, model.vocabulary_size, 64)
 
     def by_draft() -> Speculation:
@@ -278,6 +289,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     parser.add_argument("--only", choices=["demo", "135m", "speculation"], help="one part")
     parser.add_argument("--target", default="reference", choices=["reference", "cpu"])
+    parser.add_argument("--draft-target", choices=["reference", "cpu"], help="of the draft model; default: --target")
     parser.add_argument("--url", help="drive a server instead")
     parser.add_argument("--model", default="", help="of the server")
     parser.add_argument("--key", default="", help="of the server")
@@ -298,7 +310,7 @@ def main() -> None:
             result["overhead"] = overhead(demo("tinypy", given.target), rounds=5)
             result["demo"] = throughput("demo", demo("tinypy", given.target), rounds=rounds, new_tokens=tokens, alone=4)
         if given.only in (None, "speculation"):
-            result["speculation"] = speculation_tasks(given.target, rounds, tokens)
+            result["speculation"] = speculation_tasks(given.target, given.draft_target or given.target, rounds, tokens)
         if given.only == "135m" or (given.only is None and not given.quick):
             large = of_135m(given.target)
             result["135m"] = throughput("135M shape", large, rounds=min(rounds, 3), new_tokens=16, alone=2)
