@@ -6,14 +6,15 @@
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
 90th percentile) and the fastest peer's median over ours. ResNet sees 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
-`bf16` (weights and activations; ONNX Runtime has none on cpus); `int8` (weights a channel, static activations, attention
-in f32: PyTorch runs f32, ONNX Runtime its static QDQ, OpenVINO NNCF's quantization). OpenVINO and NNCF live behind
+`bf16` (weights and activations; ONNX Runtime has none); `int8` (weights a channel, activations static, attention in f32;
+PyTorch runs f32, ONNX Runtime its static QDQ, OpenVINO NNCF's quantization). OpenVINO and NNCF live behind
 `--openvino-python`; without it they are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -94,15 +95,13 @@ class Engines:
         self.runs: dict[str, Run] = {}
         self.notes: list[str] = []
         wide = x if x.dtype == torch.int64 or kind != "bf16" else x.bfloat16()
-        plain = model.to(torch.bfloat16) if kind == "bf16" else model
+        plain = copy.deepcopy(model).to(torch.bfloat16) if kind == "bf16" else model
         with torch.no_grad():
             self.wanted = first(plain(wide)).float()
             self._irc(plain, wide)
             self.runs["eager"] = timed(torch.no_grad()(lambda: plain(wide)))
             if "compile" not in args.without:
                 self._inductor(plain, wide)
-        if kind == "bf16":
-            plain.float()
         with tempfile.TemporaryDirectory(prefix="irc-models-") as scratch:
             path = Path(scratch) / "model.onnx"
             if {"onnxruntime", "openvino"} - set(args.without):
