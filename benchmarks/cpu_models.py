@@ -6,7 +6,7 @@
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
 90th percentile) and the fastest peer's median over ours. ResNet sees 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
-`bf16` (weights and activations; ONNX Runtime has none); `int8` (weights a channel, activations static, attention in f32;
+`bf16` (weights and activations; ONNX Runtime has none); `int8` (weights a channel, activations static, attention f32;
 PyTorch runs f32, ONNX Runtime its static QDQ, OpenVINO NNCF's quantization). OpenVINO and NNCF live behind
 `--openvino-python`; without it they are left out.
 """
