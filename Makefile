@@ -46,7 +46,8 @@ bench:  ## all benchmarks, short
 fuzz:  ## random clusters on target cpu against the reference, 100 of them
 	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/lowering/test_clusters.py
 
-sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers
+sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers, steps under the thread sanitizer
+	IRC_STEP_THREADS=1 $(PYTHON) -m pytest tests/lowering/test_step_threads.py
 	IRC_FUZZ_COUNT=20 IRC_FUZZ_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
 		ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

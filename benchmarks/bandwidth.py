@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from irc.lowering.cpp import build
@@ -53,7 +54,8 @@ extern "C" __attribute__((visibility("default"))) uint64_t meter_read(void* pool
 class Meter:
     """A buffer and the threads that read it."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.num_bytes = max(512 << 20, 8 * last_level_cache())
         self._memory = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -67,9 +69,9 @@ class Meter:
 
     def once(self, streams: int) -> float:
         """Bytes a second of one pass with that many streams a thread."""
-        started = time.perf_counter()
+        started = self._clock()
         self._library.meter_read(self._pool, self._view, ctypes.c_int64(self.num_bytes), ctypes.c_int64(streams))
-        return self.num_bytes / (time.perf_counter() - started)
+        return self.num_bytes / (self._clock() - started)
 
     def read(self, rounds: int = 2) -> float:
         """Bytes a second: the best of all numbers of streams."""

@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_decode.py --shape 135M --format q4_0
     python benchmarks/cpu_decode.py --shape 1.1B --format q4_0 q8_0 bf16      # needs about 10 GB
+    python benchmarks/cpu_decode.py --shape 1.1B-half --format q4_0           # the same layers, half as many
 
 Both sides run in turns on the same threads; medians and the spread (10th to 90th percentile) of the ratios are printed.
 llama.cpp is built by `benchmarks/llama_cpp.py` the first time. Activations are int8 a token on both sides for integer

@@ -28,6 +28,8 @@ from typing import Any
 SHAPES = {
     "1.1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
              "num_key_value_heads": 4, "vocab_size": 32000},
+    "0.3B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "vocab_size": 32000},
     "quick": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
               "num_key_value_heads": 2, "vocab_size": 4096},
 }  # fmt: skip
@@ -100,7 +102,7 @@ def equal_tensors(ours: Path, theirs: Path) -> str:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    name = "quick" if given.quick else "1.1B"
+    name = "quick" if given.quick else given.shape
     with contextlib.ExitStack() as stack:
         scratch = given.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="irc-bench-"))
         folder = Path(scratch)
@@ -151,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--llama-cpp", help="llama.cpp's sources, with convert_hf_to_gguf.py; default: irc alone")
     parser.add_argument("--quantizer-python", default=sys.executable, help="a Python with llama-cpp-python")

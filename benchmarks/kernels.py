@@ -5,9 +5,10 @@
     python benchmarks/kernels.py --busy     # one thread, processor time: for a machine that others use too
 
 Kernel and peer take turns in every round; a round with one token also reads memory at full speed. Weights are copied
-until they exceed the caches, and each call takes the next copy. Printed are medians over the rounds, the spread (half
-the distance of the quartiles), GB/s as a share of the read bandwidth of the same rounds for one token, GFLOP/s (GOP/s)
-otherwise, and the ratio of the medians (peer / kernel: above 1 the kernel is faster).
+until they exceed the caches; a call of the kernel multiplies by all copies in turn, as a step does, one of the peer by
+the next. Printed are medians over the rounds, the spread (half the distance of the quartiles), GB/s as a share of the
+read bandwidth of the same rounds for one token, GFLOP/s (GOP/s) otherwise, and the ratio of the medians (peer / kernel:
+above 1 the kernel is faster).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from bandwidth import Meter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,6 +34,7 @@ from irc.lowering.cpp.templates import attention, conv2d, float_matmul, quantize
 from irc.lowering.cpp.templates.attention import AttentionProblem
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpu.weights import large_memory
 
 # (name, rows of the weight, depth): the fused layers of the 1.1B and the 135M shape.
 LAYERS = (
@@ -52,22 +55,6 @@ _BEYOND_CACHE = 96 << 20
 CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
 _PRELUDE = """
 extern "C" void* make_pool(int threads) { return new irc::Pool(threads); }
-extern "C" uint64_t read_memory(void* pool, const uint64_t* memory, int64_t count) {
-    uint64_t total = 0;
-    auto body = [&](irc::Worker& worker) {
-        uint64_t sums[8] = {};
-        // Eight streams a thread: one alone reaches half of what a core can read.
-        const int64_t stream = count / 8;
-        irc::for_chunks(worker, stream / 4096, [&](int64_t chunk) {
-            for (int64_t i = chunk * 4096; i < (chunk + 1) * 4096; i += 8)
-                for (int s = 0; s < 8; ++s)
-                    for (int j = 0; j < 8; ++j) sums[j] += memory[s * stream + i + j];
-        });
-        for (uint64_t sum : sums) __atomic_fetch_add(&total, sum, __ATOMIC_RELAXED);
-    };
-    static_cast<irc::Pool*>(pool)->run(body);
-    return total;
-}
 """
 _ROW_EPILOGUE = (
     "[&](int64_t m, int64_t n0, int64_t n1, const float* values)"
@@ -81,7 +68,8 @@ class Case:
 
     Attributes:
         num_bytes: read from memory by a call, where that sets the pace; None: arithmetic does.
-        operations: multiplications and additions of a call.
+        operations: multiplications and additions of a product.
+        products: of a call of the kernel; a call of the peer has one.
     """
 
     name: str
@@ -90,6 +78,7 @@ class Case:
     peer_name: str
     operations: float
     num_bytes: int | None = None
+    products: int = 1
 
 
 class Machine:
@@ -104,13 +93,11 @@ class Machine:
         self.library = ctypes.CDLL(str(build.build(source, isa=isa, name="kernels")))
         self.library.make_pool.restype = ctypes.c_void_p
         self.pool = ctypes.c_void_p(self.library.make_pool(threads))
-        self._memory = torch.ones(_BEYOND_CACHE // 8, dtype=torch.int64)
+        self._meter = Meter(threads, CLOCK["now"])
 
     def bandwidth(self) -> float:
         """Bytes a second that all threads read together."""
-        start = CLOCK["now"]()
-        self.library.read_memory(self.pool, _pointer(self._memory), ctypes.c_int64(self._memory.numel()))
-        return self._memory.numel() * 8 / (CLOCK["now"]() - start)
+        return self._meter.read(rounds=1)
 
     def call(self, name: str, *arguments: object) -> None:
         getattr(self.library, name)(self.pool, *arguments)
@@ -142,10 +129,14 @@ def _function(name: str, parameters: str, body: str) -> str:
 def matmul_function(name: str, problem: MatmulProblem) -> str:
     """C++ of one matmul."""
     template = quantized_matmul if "int" in problem.weight else float_matmul
-    args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
-    body = template.call(problem, args, _ROW_EPILOGUE.format(columns=problem.columns))
+    args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed + i * bytes",
+            "scratch": "scratch"}  # fmt: skip
+    call = template.call(problem, args, _ROW_EPILOGUE.format(columns=problem.columns))
+    # As in a step: one product after the other, a barrier between, and the pool is woken once.
+    body = f"        for (int64_t i = 0; i < copies; ++i) {{\n{call}            worker.barrier();\n        }}\n"
     kind = C_TYPES[problem.activation]
-    return _function(name, f"const {kind}* x, const uint8_t* packed, int64_t rows, uint8_t* scratch, float* out", body)
+    return _function(name, f"const {kind}* x, const uint8_t* packed, int64_t bytes, int64_t copies, int64_t rows,"
+                           " uint8_t* scratch, float* out", body)  # fmt: skip
 
 
 def matmul_peer(weight: str, x: Tensor, dense: Tensor, copies: int) -> tuple[Callable[[], object], str]:
@@ -187,16 +178,20 @@ def matmul_cases(machine: Machine, layer: tuple[str, int, int], weight: str, row
         copies = max(1, _BEYOND_CACHE // packed.numel()) if count <= 16 else 1
         x = torch.randn(count, depth)
         typed = x.bfloat16() if problem.activation == "bf16" else x
-        take = _turns([packed.clone() for _ in range(copies)])
+        weights = large_memory(copies * packed.numel())
+        weights.view(copies, -1).copy_(packed)
         scratch = torch.zeros(template.scratch_bytes(problem, count, threads) + 64, dtype=torch.uint8)
         out = torch.zeros(count, columns)
 
         def run(
-            typed: Tensor = typed, take: Callable[[], Tensor] = take, scratch: Tensor = scratch, out: Tensor = out
-        ) -> None:
+            typed: Tensor = typed, weights: Tensor = weights, copies: int = copies, scratch: Tensor = scratch,
+            out: Tensor = out,
+        ) -> None:  # fmt: skip
             pointers = [
                 _pointer(typed),
-                _pointer(take()),
+                _pointer(weights),
+                ctypes.c_int64(packed.numel()),
+                ctypes.c_int64(copies),
                 ctypes.c_int64(typed.shape[0]),
                 _pointer(scratch),
                 _pointer(out),
@@ -206,7 +201,7 @@ def matmul_cases(machine: Machine, layer: tuple[str, int, int], weight: str, row
         peer, peer_name = matmul_peer(weight, x, dense, copies)
         num_bytes = packed.numel() if count == 1 else None
         name = f"{label} {weight}, {count} token{'s' if count > 1 else ''}"
-        cases.append(Case(name, run, peer, peer_name, 2.0 * count * columns * depth, num_bytes))
+        cases.append(Case(name, run, peer, peer_name, 2.0 * count * columns * depth, num_bytes, copies))
     return cases
 
 
@@ -310,7 +305,7 @@ def measure(machine: Machine, case: Case, rounds: int) -> dict[str, object]:
     peers: list[float] = []
     shares: list[float] = []
     for _ in range(rounds):
-        own.append(_timed(case.kernel))
+        own.append(_timed(case.kernel) / case.products)
         if case.num_bytes is not None:
             shares.append(case.num_bytes / own[-1] / machine.bandwidth())
         if case.peer is not None:

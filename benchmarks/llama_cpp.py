@@ -39,6 +39,7 @@ class Shape:
 
 SHAPES = {
     "1.1B": Shape(2048, 22, 32, 4, 5632, 32000),
+    "1.1B-half": Shape(2048, 11, 32, 4, 5632, 32000),  # half of the layers: for machines with less memory
     "135M": Shape(576, 30, 9, 3, 1536, 49152),
 }
 FORMATS = ("q4_0", "q8_0", "bf16")

@@ -2,6 +2,7 @@
 
     python benchmarks/quantization_accuracy.py            # 64 windows held out; rewrites docs/accuracy.md
     python benchmarks/quantization_accuracy.py --windows 1000000          # all held-out text, an hour
+    python benchmarks/quantization_accuracy.py --method RTN --method AWQ  # renews these rows only
     python benchmarks/quantization_accuracy.py --quick    # a few windows, two formats; writes nothing
 
 All methods get the same format, the same calibration windows (from the training files) and the same held-out files.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 held-out windows, 8 to calibrate, 4 bits only")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows, taken evenly over the files")
+    names = list(dict.fromkeys([*METHODS, *OUTLIER_METHODS]))
+    parser.add_argument("--method", choices=names, action="append", help="only this one; may be given several times")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
     tokenizer = load_tokenizer()
@@ -117,9 +121,10 @@ def main() -> None:
     outliers = with_outliers(program)
     jobs = [("", label, name, program, METHODS[name]) for label in formats for name in METHODS]
     jobs += [("outliers", "4 bits, group 32", name, outliers, make) for name, make in OUTLIER_METHODS.items()]
+    jobs = [job for job in jobs if args.method is None or job[2] in args.method]
 
     full = perplexity(program, held_out)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found = {} if args.method is None else rows_of_page(PAGE.read_text(encoding="utf-8"))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(jobs))
         for kind, label, name, start, make in jobs:
@@ -138,7 +143,8 @@ def main() -> None:
     table = Table("format", "method", "perplexity", "recovered", "s", title=f"full precision: {full:.4f}")
     for label, rows in found.items():
         for name, row in rows.items():
-            table.add_row(label, name, f"{row['perplexity']:.4f}", f"{row['recovered']:.0%}", f"{row['seconds']:.0f}")
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+            table.add_row(label, name, f"{row['perplexity']:.4f}", f"{row['recovered']:.0%}", seconds)
         table.add_section()
     Console().print(table)
     if not args.quick:
@@ -146,6 +152,17 @@ def main() -> None:
         print(f"→ {PAGE}", file=sys.stderr)
     if args.json:
         print(json.dumps({"full_precision": full, "formats": found}))
+
+
+def rows_of_page(text: str) -> dict[str, dict[str, dict[str, float]]]:
+    """What an earlier run wrote into the section, in its order."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    part = text.partition("<!-- weights -->")[2].partition("<!-- /weights -->")[0]
+    for label, name, value in re.findall(
+        r"^\| (.+?) \| (.+?) \| ([\d.]+) \| -?[\d.]+ \| -?\d+% \|$", part, re.MULTILINE
+    ):
+        found.setdefault(label, {})[name] = {"perplexity": float(value)}
+    return found
 
 
 def section(full: float, found: dict[str, dict[str, dict[str, float]]], num_held_out: int, num_calibration: int) -> str:

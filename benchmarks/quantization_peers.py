@@ -3,6 +3,7 @@
     python benchmarks/quantization_peers.py             # 64 windows; writes a section of docs/accuracy.md
     python benchmarks/quantization_peers.py --quick     # 8 windows, 4 bits in groups of 32
     python benchmarks/quantization_peers.py --environment FOLDER    # keep the peers' environment there
+    python benchmarks/quantization_peers.py --format '3 bits, group 32' --method GPTQ    # renew these rows only
 
 The demo model is handed over as a transformers Llama, which computes the same. Every run is a process of its own; the
 peers' have an environment of their own, which is made if it is not there. Their weights come back as what the layers
@@ -15,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ PAIRS = {
     "AWQ": ("irc-AWQ", "llmcompressor-awq"),
     "GPTQ": ("irc-GPTQ", "llmcompressor-gptq"),
 }
+Found = dict[str, dict[str, dict[str, float]]]
 _LAYER_NAMES = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn": "self_attn"}
 
 
@@ -156,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 held-out windows, 8 to calibrate, one format")
     parser.add_argument("--format", choices=FORMATS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--method", choices=PAIRS, action="append", help="only this one; may be given several times")
     parser.add_argument("--environment", type=Path, default=None, help="folder of the peers' environment")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
@@ -167,7 +171,7 @@ def main() -> None:
     )
     program = capture()
     full = perplexity(program, held_out)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: Found = {} if args.quick else rows_of_page(PAGE.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         python = make_environment(args.environment or folder / "environment")
@@ -176,10 +180,11 @@ def main() -> None:
         labels = args.format or list(FORMATS)[: 1 if args.quick else None]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for label in progress.track(labels, description="formats"):
-                methods = [m for name, pair in PAIRS.items() if name == "RTN" or FORMATS[label][0] < 8 for m in pair]
-                found[label] = measure(methods, label, python, folder, program, held_out)
-                if not args.quick:  # as they come: the peers' AWQ takes minutes a format
-                    write_section(PAGE, "peers", section(full, found, count))
+                for name in args.method or [n for n in PAIRS if n == "RTN" or FORMATS[label][0] < 8]:
+                    measured = measure(PAIRS[name], label, python, folder, program, held_out)
+                    found.setdefault(label, {}).update(measured)
+                    if not args.quick:  # as they come: the peers' AWQ takes minutes a format
+                        write_section(PAGE, "peers", section(full, found, count))
     table = Table("format", "method", "perplexity", "loss", "s", "peak MB", title=f"full precision: {full:.4f}")
     for label, rows in found.items():
         for method, row in rows.items():
@@ -193,7 +198,18 @@ def main() -> None:
         print(json.dumps({"full_precision": full, "formats": found}))
 
 
-def section(full: float, found: dict[str, dict[str, dict[str, float]]], count: int) -> str:
+def rows_of_page(text: str) -> Found:
+    """What earlier runs wrote into the section."""
+    found: Found = {}
+    row = re.compile(r"^\| (.+?) \| (\w+ \w+) \| ([\d.]+) \| -?[\d.]+ \| (\d+) \| (\d+) \|$", re.MULTILINE)
+    for label, method, quality, seconds, megabytes in row.findall(text.partition("<!-- peers -->")[2]):
+        figures = {"perplexity": float(quality), "seconds": float(seconds), "peak_bytes": float(megabytes) * 1e6}
+        if label in FORMATS:
+            found.setdefault(label, {})[method.replace(" ", "-")] = figures
+    return found
+
+
+def section(full: float, found: Found, count: int) -> str:
     """The part of docs/accuracy.md that this script is about."""
     lines = [
         "## Beside llmcompressor and torchao\n",
@@ -205,11 +221,12 @@ def section(full: float, found: dict[str, dict[str, dict[str, float]]], count: i
         "| format | method | perplexity | loss | s | peak MB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for label, rows in found.items():
+    order = [method for pair in PAIRS.values() for method in pair]
+    for label in (one for one in FORMATS if one in found):
         lines += [
             f"| {label} | {name.replace('-', ' ')} | {row['perplexity']:.4f} | {row['perplexity'] - full:.4f} |"
             f" {row['seconds']:.0f} | {row['peak_bytes'] / 1e6:.0f} |"
-            for name, row in rows.items()
+            for name, row in sorted(found[label].items(), key=lambda item: order.index(item[0]))
         ]
     return "\n".join(lines)
 

@@ -188,19 +188,30 @@ def speculated(
     return result
 
 
-def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
+def copy_heavy(model: PagedModel, prompts: Sequence[list[int]], new_tokens: int, count: int = 4) -> list[list[int]]:
+    """The prompts that make the model copy most: the share of its answer's 4-grams that prompt or answer had before."""
+
+    def copied(prompt: list[int]) -> float:
+        engine, ids = Engine(model, EngineOptions(max_sequences=1)), list(prompt)
+        engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
+        while engine.has_work:
+            ids += [token for output in engine.step() for token in output.token_ids]
+        seen = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        answer = range(len(prompt) - 3, len(seen))
+        return sum(seen[i] in seen[:i] for i in answer) / len(answer)
+
+    return sorted(prompts, key=copied)[-count:]
+
+
+def speculation_tasks(target: str, draft_target: str, rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     from irc.demo.corpus import read_documents
     from irc.demo.tinypy import load_tokenizer
 
     tokenizer = load_tokenizer()
-    model, draft = demo("tinypy"), demo("tinypy-draft")
+    model, draft = demo("tinypy", target), demo("tinypy-draft", draft_target)
     documents = read_documents("validation")[:40]
     code = [tokenizer.encode(text).ids[40:104] for text in documents if len(tokenizer.encode(text).ids) > 200][:8]
-    repeated = (
-        "    (0, 1, 0, 0, 1, 0),\n", "    self.assertEqual(result, None)\n", "        0x00, 0x01, 0x02, 0x03,\n",
-        "    'name': 'value', 'size': 'value',\n",
-    )  # fmt: skip
-    copies = [tokenizer.encode(line * 8).ids for line in repeated]
+    copies = copy_heavy(model, [tokenizer.encode(text).ids[:64] for text in documents], new_tokens)
     noise = prompts_of(8, model.vocabulary_size, 64)
 
     def by_draft() -> Speculation:
@@ -218,16 +229,16 @@ def speculation_tasks(rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def demo(which: str) -> PagedModel:
+def demo(which: str, target: str) -> PagedModel:
     from irc.cli.models import load_shipped
 
     loaded = load_shipped(which)
     return irc.compile(
-        loaded.model, PASSES, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic, verify="off"
+        loaded.model, PASSES, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic, verify="off"
     ).paged_model()
 
 
-def of_135m() -> PagedModel:
+def of_135m(target: str) -> PagedModel:
     """Random weights in the shape of SmolLM-135M."""
     import transformers
 
@@ -237,7 +248,7 @@ def of_135m() -> PagedModel:
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    return irc.compile(model, PASSES, verify="off").paged_model()
+    return irc.compile(model, PASSES, target=target, verify="off").paged_model()
 
 
 # ---------------------------------------------------------------- any server
@@ -277,6 +288,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, without the 135M shape")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     parser.add_argument("--only", choices=["demo", "135m", "speculation"], help="one part")
+    parser.add_argument("--target", default="reference", choices=["reference", "cpu"])
+    parser.add_argument("--draft-target", choices=["reference", "cpu"], help="of the draft model; default: --target")
     parser.add_argument("--url", help="drive a server instead")
     parser.add_argument("--model", default="", help="of the server")
     parser.add_argument("--key", default="", help="of the server")
@@ -284,7 +297,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
     given = parser.parse_args()
-    result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "target": given.target}
     if given.url:
         made = asyncio.run(
             drive_server(given.url, given.model, given.key, given.requests, given.concurrency, given.tokens)
@@ -294,12 +307,13 @@ def main() -> None:
     else:
         rounds, tokens = (1, 24) if given.quick else (5, given.tokens)
         if given.only in (None, "demo"):
-            result["overhead"] = overhead(demo("tinypy"), rounds=5)
-            result["demo"] = throughput("demo", demo("tinypy"), rounds=rounds, new_tokens=tokens, alone=4)
+            result["overhead"] = overhead(demo("tinypy", given.target), rounds=5)
+            result["demo"] = throughput("demo", demo("tinypy", given.target), rounds=rounds, new_tokens=tokens, alone=4)
         if given.only in (None, "speculation"):
-            result["speculation"] = speculation_tasks(rounds, tokens)
+            result["speculation"] = speculation_tasks(given.target, given.draft_target or given.target, rounds, tokens)
         if given.only == "135m" or (given.only is None and not given.quick):
-            result["135m"] = throughput("135M shape", of_135m(), rounds=min(rounds, 3), new_tokens=16, alone=2)
+            large = of_135m(given.target)
+            result["135m"] = throughput("135M shape", large, rounds=min(rounds, 3), new_tokens=16, alone=2)
     if given.json:
         print(json.dumps(result))
     sys.stdout.flush()

@@ -301,15 +301,17 @@ class Engine:
             if work.sequence.finish_reason is None:
                 yield work, first, tokens
 
-    def _allowed(self, sequences: list[SequenceState], outputs: list[Output]) -> list[Tensor | None]:
-        """What the constraints allow next; a constraint that fails ends its own request only."""
-        allowed: list[Tensor | None] = []
+    def _allowed(self, sequences: list[SequenceState], outputs: list[Output]) -> list[list[Tensor | None]]:
+        """What the constraints allow in each row; a constraint that fails ends its own request only."""
+        allowed: list[list[Tensor | None]] = []
         for sequence in sequences:
-            try:
-                allowed.append(sequence.constraint.mask() if sequence.constraint is not None else None)
-            except Exception as error:
-                allowed.append(None)
-                self._fail(sequence, error, outputs)
+            masks: list[Tensor | None] = [None] * (1 + len(sequence.draft))
+            if sequence.constraint is not None:
+                try:
+                    masks = sequence.constraint.masks(sequence.draft)
+                except Exception as error:
+                    self._fail(sequence, error, outputs)
+            allowed.append(masks)
         return allowed
 
     def _advance(self, work: Work, row: int, tokens: list[int], logits: Tensor, outputs: list[Output]) -> None:

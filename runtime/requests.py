@@ -18,8 +18,11 @@ from irc.runtime.text import TextStream
 class Constraint(Protocol):
     """What a sequence may say next (structured output); holds its own state."""
 
-    def mask(self) -> torch.Tensor | None:
-        """bool[V], true for allowed tokens; None: all are."""
+    def masks(self, draft: Sequence[int]) -> list[torch.Tensor | None]:
+        """bool[V] for the next token and for the one behind each draft token, true where it is allowed; None: all are.
+
+        Behind a draft token that is not allowed any mask will do. The state stays as it is.
+        """
 
     def advance(self, token: int) -> None:
         """The token has been chosen."""

@@ -26,7 +26,6 @@ class StepBuilder:
         self._tables = np.zeros((num_rows, blocks_per_sequence), dtype=np.int64)
         self._decoding: list[SequenceState] = []
         self._order = np.arange(num_rows, dtype=np.int64)
-        self._orders = torch.from_numpy(self._order)
         self._chosen_tables = np.zeros((0, 0), dtype=np.int64)
 
     def build(self, works: Sequence[Work]) -> StepInputs:
@@ -55,13 +54,9 @@ class StepBuilder:
         """One token of each sequence. This is nearly every step, so what did not change is not made again."""
         if moved or sequences != self._decoding:
             self._decoding, self._chosen_tables = sequences, self._tables_of(sequences)
-        count, tables = len(sequences), self._chosen_tables
         tokens = np.array([sequence.ids[-1] for sequence in sequences], dtype=np.int64)
         at = np.array([sequence.num_computed for sequence in sequences], dtype=np.int64)
-        slots = self._slots(tables, self._order[:count], at)
-        order = self._orders[:count]
-        flat, positions, block_tables, writes = _tensors(tokens, at, tables, slots)
-        return StepInputs(flat, positions, order, block_tables, writes, order)
+        return decoding_inputs(tokens, at, self._order[: len(sequences)], self._chosen_tables, self._block_size)
 
     def _mixed(self, works: Sequence[Work], sequences: Sequence[SequenceState]) -> StepInputs:
         """Any number of tokens of each: parts of prompts, and drafts to verify."""
@@ -78,13 +73,27 @@ class StepBuilder:
                 wanted += range(len(tokens) - 1 - len(draft), len(tokens))
         tables, at = self._tables_of(sequences), np.array(positions, dtype=np.int64)
         ids_of = np.repeat(self._order[: len(works)], [work.count for work in works])
-        slots = self._slots(tables, ids_of, at)
+        slots = slots_of(tables, ids_of, at, self._block_size)
         return StepInputs(*_tensors(np.array(tokens, np.int64), at, ids_of, tables, slots, np.array(wanted, np.int64)))
 
-    def _slots(self, tables: np.ndarray, sequence_ids: np.ndarray, at: np.ndarray) -> np.ndarray:
-        block, offset = np.divmod(at, self._block_size)
-        found: np.ndarray = tables[sequence_ids, block] * self._block_size + offset
-        return found
+
+def decoding_inputs(
+    tokens: np.ndarray, at: np.ndarray, order: np.ndarray, tables: np.ndarray, block_size: int
+) -> StepInputs:
+    """A step over one token of each of Q sequences, with the logits of all.
+
+    Shapes: tokens, at (positions), order (0 … Q - 1) i64[Q]; tables i64[Q, M].
+    """
+    slots = slots_of(tables, order, at, block_size)
+    flat, positions, rows, block_tables, writes = _tensors(tokens, at, order, tables, slots)
+    return StepInputs(flat, positions, rows, block_tables, writes, rows)
+
+
+def slots_of(tables: np.ndarray, sequence_ids: np.ndarray, at: np.ndarray, block_size: int) -> np.ndarray:
+    """Where each token's keys and values go: i64[N]."""
+    block, offset = np.divmod(at, block_size)
+    found: np.ndarray = tables[sequence_ids, block] * block_size + offset
+    return found
 
 
 def _tensors(*arrays: np.ndarray) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ The work is done by `llguidance` (extra `structured`); a request's matcher gives
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -78,7 +78,20 @@ class GrammarConstraint:
     def __init__(self, matcher: Any, size: int) -> None:
         self._matcher, self._size = matcher, size
 
-    def mask(self) -> Tensor | None:
+    def masks(self, draft: Sequence[int]) -> list[Tensor | None]:
+        found, last, consumed = list[Tensor | None](), self._mask(), 0
+        for token in draft:
+            found.append(last)
+            if consumed == len(found) - 1 and bool(last[token]):
+                self.advance(token)
+                consumed += 1
+                last = last if self.finished() else self._mask()
+        if consumed:
+            self._matcher.rollback(consumed)
+            self._check()
+        return [*found, last]
+
+    def _mask(self) -> Tensor:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._size].astype(bool))

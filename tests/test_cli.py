@@ -190,3 +190,11 @@ def test_errors_form_one_tree() -> None:
     for value in vars(errors).values():
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, IrcError)
+
+
+def test_generate_with_a_draft_says_the_same(run) -> None:
+    arguments = ("generate", "draft", "--prompt", "import os", "-n", "12")
+    code, plain, _ = run(*arguments)
+    drafted = run(*arguments, "--draft", "tinypy-draft")
+    assert (code, drafted[0], drafted[1]) == (0, 0, plain)
+    assert "guesses stood" in drafted[2]

@@ -9,6 +9,7 @@ import typer
 
 from irc.cli.models import load_calibration, load_model
 from irc.cli.programs import CalibrationOption, Model, ResumeOption, Verify, VerifyOption
+from irc.cli.serving import DraftOption, draft_of
 
 
 def register(app: typer.Typer) -> None:
@@ -69,6 +70,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
     passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
+    draft: DraftOption = None,
     verify: VerifyOption = Verify.OFF,
 ) -> None:
     """Generate text from prompts.
@@ -78,6 +80,8 @@ def generate(
         irc generate demo --prompt 'def main(' -n 80
 
         irc generate demo --prompt 'import os' --prompt 'class Queue' --temperature 0.8 --top-p 0.95 --seed 1
+
+        irc generate demo --prompt 'import os' --target cpu --draft draft
     """
     from irc.compiler import compile as compile_model
     from irc.core.errors import OptionError
@@ -98,14 +102,17 @@ def generate(
             typer.echo(text, nl=False)
 
     result = compiled.generate(
-        prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stream=show
-    )
+        prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        stream=show, draft=draft_of(draft, target),
+    )  # fmt: skip
     if streaming:
         typer.echo("")
     else:
         for given, text in zip(prompt, result.text, strict=True):
             typer.echo(f"── {given!r}\n{given}{text}\n")
     typer.echo(str(result.stats), err=True)
+    if result.speculation is not None:
+        typer.echo(str(result.speculation), err=True)
 
 
 def targets() -> None:

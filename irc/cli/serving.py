@@ -64,7 +64,7 @@ def serve(
     compiled = _compiled(loaded, passes, target)
     serve_forever(
         Serving(
-            compiled, name=name or loaded.name, draft=_draft(draft), memory_bytes=read_bytes(memory),
+            compiled, name=name or loaded.name, draft=draft_of(draft, target), memory_bytes=read_bytes(memory),
             max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
             max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key, folder=_folder(model),
         ),
@@ -99,7 +99,7 @@ def batch(
         raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
     compiled = _compiled(loaded, passes, target)
     options = EngineOptions(memory_bytes=read_bytes(memory), max_sequences=max_sequences)
-    engine = Engine(compiled.paged_model(), options, compiled.speculation(_draft(draft)))
+    engine = Engine(compiled.paged_model(), options, compiled.speculation(draft_of(draft, target)))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("answering", total=None)
@@ -129,10 +129,11 @@ def _compiled(loaded: Any, passes: str | None, target: str) -> Compiled:
     )  # fmt: skip
 
 
-def _draft(draft: str | None) -> Any:
+def draft_of(draft: str | None, target: str) -> Any:
+    """What `--draft` names, as `Compiled.speculation` takes it: None, `ngram`, or a model, compiled for the target."""
     if draft is None or draft == "ngram":
         return draft
-    return _compiled(load_model(draft), _PAGED, "reference")
+    return _compiled(load_model(draft), _PAGED, target)
 
 
 def _folder(model: str) -> Path | None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.paged import StepInputs
 from irc.core.program import Program
 from irc.core.target import Artifact, Options, read_options
 from irc.core.text import parse
 from irc.lowering.cpp.build import build, supported_isas
-from irc.lowering.cpu.bound import NUM_INPUTS, BoundStep
+from irc.lowering.cpu.bound import BoundStep
 from irc.lowering.cpu.library import Library, Signature, default_threads
 from irc.lowering.cpu.options import CpuOptions
 
@@ -127,22 +128,30 @@ class CpuArtifact(Artifact):
     def step(self, caches: list[Tensor], tokens: Tensor, positions: Tensor, logit_indices: Tensor) -> Tensor:
         if self.kv_cache is None:
             raise TargetError("this cpu artifact has no key-value cache: use the pass insert-kv-cache")
-        inputs = (tokens, positions, logit_indices)
+        return self._step((tokens, positions, logit_indices), caches, "caches must be dense: take them from new_caches")
+
+    def _step(self, inputs: tuple[Tensor, ...], caches: list[Tensor], sparse: str) -> Tensor:
+        """One step that writes into the caches themselves, whatever their size."""
         shapes = tuple(getattr(x, "shape", None) for x in inputs)
         bound = self._bound.get(shapes)
         if bound is not None and bound.fits(inputs, caches):
             return bound.run(inputs)
         given = [*map(_dense, inputs), *caches]
         if not all(cache.is_contiguous() for cache in caches):
-            raise OptionError("caches must be dense: take them from new_caches")
-        if BoundStep.possible(self.signature, len(caches)):
+            raise OptionError(sparse)
+        if BoundStep.possible(self.signature, len(inputs), len(caches)):
             sizes = self.signature.sizes(given)
             if len(self._bound) == MOST_BOUND:
                 self._bound.clear()
-            bound = self._bound[shapes] = BoundStep(self._library, self.signature, sizes, given[:NUM_INPUTS], caches)
-            return bound.run(given[:NUM_INPUTS])
+            bound = self._bound[shapes] = BoundStep(self._library, self.signature, sizes, given[: len(inputs)], caches)
+            return bound.run(given[: len(inputs)])
         logits, *caches[:] = self._run(given)
-        return logits
+        return logits  # type: ignore[no-any-return]
+
+    def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
+        """As the base class says; the pages themselves are written into, whatever their size."""
+        self._cache("paged")
+        return self._step(inputs.flat(), pages, "pages must be dense: take them from new_pages")
 
     # ------------------------------------------------------------ storage
 

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from irc.lowering.cpu.library import Library, Signature
 
-NUM_INPUTS = 3
-"""Inputs of a step in front of the caches: tokens, positions, indices of the wanted logits."""
-
 
 class BoundStep:
     """A step for inputs of fixed shapes, with caches that are written in place.
@@ -37,14 +34,14 @@ class BoundStep:
         assert dtype is not None
         self._dtype = dtype
         self._values = (ctypes.c_int64 * max(1, len(sizes)))(*sizes)
-        self._given = (ctypes.c_void_p * (NUM_INPUTS + len(caches)))(*[x.data_ptr() for x in (*inputs, *caches)])
+        self._given = (ctypes.c_void_p * (len(inputs) + len(caches)))(*[x.data_ptr() for x in (*inputs, *caches)])
         self._made = (ctypes.c_void_p * len(signature.outputs))()
         self._addresses = tuple(ctypes.addressof(x) for x in (self._values, self._given, self._made))
 
     @staticmethod
-    def possible(signature: Signature, num_caches: int) -> bool:
+    def possible(signature: Signature, num_inputs: int, num_caches: int) -> bool:
         """Whether the program's results are the logits and the caches, in order and in place."""
-        return signature.in_place == [None, *range(NUM_INPUTS, NUM_INPUTS + num_caches)]
+        return signature.in_place == [None, *range(num_inputs, num_inputs + num_caches)]
 
     def fits(self, inputs: Sequence[Tensor], caches: Sequence[Tensor]) -> bool:
         """Whether these are the caches it was bound to, and dense inputs of its shapes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import sympy
@@ -13,9 +14,9 @@ from irc.core.contract import Pass
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
-from irc.lowering.cpp.build import find_compiler, require_compiler
+from irc.lowering.cpp.build import build, find_compiler, require_compiler
 from irc.lowering.cpp.printer import unsupported
-from irc.lowering.cpu.artifact import FORMAT, CpuArtifact
+from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
 from irc.lowering.cpu.barriers import find_private
 from irc.lowering.cpu.memory import plan_memory
 from irc.lowering.cpu.options import CpuOptions
@@ -70,10 +71,25 @@ class CpuTarget(Target):
         manifest = _manifest(own, schedule, weights, notes)
         if chosen.profile:
             manifest["parts"] = list(printed.parts)
-        return CpuArtifact(manifest, printed.text, weights.bytes(), chosen, notes=notes, program=program)
+        # The compiler runs while the weights are packed; the artifact finds what it built.
+        with ThreadPoolExecutor(1) as beside:
+            building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
+            block = weights.bytes()
+            building.result()
+        return CpuArtifact(manifest, printed.text, block, chosen, notes=notes, program=program)
 
     def default_passes(self, program: Program) -> list[Pass]:
-        return portable_passes(program)
+        """Sibling layers as one, where there are any: each layer of a step costs its threads a meeting."""
+        from irc.passes.fuse.merge_gate_up import MergeGateUp
+        from irc.passes.fuse.merge_qkv import MergeQkv
+
+        operations = {op_name(node) for node in program.operations()}
+        merges: list[Pass] = []
+        if operations & {"irc.attention", "irc.flash_attention"}:
+            merges.append(MergeQkv())
+        if "irc.glu" in operations:
+            merges.append(MergeGateUp())
+        return [*merges, *portable_passes(program)]
 
 
 def _matchers(options: CpuOptions) -> list[Any]:

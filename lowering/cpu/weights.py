@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from irc.core.errors import TargetError
 
 ALIGNMENT = 64
 
@@ -18,31 +21,39 @@ class WeightBlock:
 
     Attributes:
         offsets: part → bytes from the start.
-        parts: the tensors, in order.
+        sizes: part → its bytes.
+        parts: the tensors in order, or what makes them.
     """
 
     offsets: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     num_bytes: int = 0
 
     def add(self, name: str, tensor: Tensor) -> int:
         """Append a tensor; its offset. A name that is known keeps its first tensor."""
+        tensor = tensor.detach()
+        return self.add_made(name, tensor.numel() * tensor.element_size(), lambda: tensor)
+
+    def add_made(self, name: str, num_bytes: int, make: Callable[[], Tensor]) -> int:
+        """Append a tensor of that size that is made when the block is: its place is known before."""
         if name not in self.offsets:
-            tensor = tensor.detach()
-            self.offsets[name] = self.num_bytes
-            self.parts[name] = tensor
-            size = tensor.numel() * tensor.element_size()
-            self.num_bytes += -(-size // ALIGNMENT) * ALIGNMENT
+            self.offsets[name], self.sizes[name], self.parts[name] = self.num_bytes, num_bytes, make
+            self.num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         return self.offsets[name]
 
     def bytes(self) -> Tensor:
-        """u8[num_bytes]; the parts are given up, so that memory holds them once."""
+        """u8[num_bytes]; the parts are given up, so that memory holds them once.
+
+        Raises:
+            TargetError: a part is not as large as it was said to be.
+        """
         block = large_memory(max(self.num_bytes, ALIGNMENT))
         for name, offset in self.offsets.items():
-            tensor = self.parts.pop(name)
-            size = tensor.numel() * tensor.element_size()
-            if size:
-                block[offset : offset + size] = tensor.contiguous().reshape(-1).view(torch.uint8)
+            data = self.parts.pop(name)().contiguous().reshape(-1).view(torch.uint8)
+            if data.numel() != self.sizes[name]:
+                raise TargetError(f"{name} has {data.numel()} bytes, its place {self.sizes[name]}")
+            block[offset : offset + data.numel()] = data
         return block
 
 

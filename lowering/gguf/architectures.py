@@ -37,6 +37,7 @@ class Architecture:
         biases: part → NEVER, MAYBE or ALWAYS; parts not named: NEVER.
         fused_qkv, fused_gate_up: projections are one tensor.
         free_head_dim: heads need not split the width evenly.
+        grouped_heads: there may be fewer heads of keys and values than of queries.
         per_layer: each layer may have its own numbers of heads and its own MLP width.
         head: output.weight: NEVER: the embedding is used; MAYBE: used if there is none; ALWAYS: needed.
         experts: NEVER, MAYBE or ALWAYS; their weights add up to 1 iff `experts_normalized`.
@@ -65,6 +66,7 @@ class Architecture:
     fused_qkv: bool = False
     fused_gate_up: bool = False
     free_head_dim: bool = False
+    grouped_heads: bool = True
     per_layer: bool = False
     head: str = MAYBE
     experts: str = NEVER
@@ -140,6 +142,7 @@ TABLE: tuple[Architecture, ...] = (
     ),
     Architecture(
         name="olmoe", head_norm=("rms", "all"), experts=ALWAYS, experts_normalized=False, head=ALWAYS,
+        grouped_heads=False,
     ),
     Architecture(
         name="qwen3", head_norm=("rms", "head"), free_head_dim=True, biases=_QKV_MAYBE,

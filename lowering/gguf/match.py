@@ -132,6 +132,8 @@ def _layer(layer: Layer, first: Layer, entry: Architecture, model: Transformer) 
         yield f"has heads of {attention.head_dim} for keys and {attention.value_dim} for values"
     if not entry.free_head_dim and attention.head_dim * attention.num_heads != model.width:
         yield f"has {attention.num_heads} heads of {attention.head_dim}, which do not fill {model.width}"
+    if not entry.grouped_heads and attention.num_kv_heads != attention.num_heads:
+        yield f"has {attention.num_kv_heads} heads of keys for {attention.num_heads} of queries"
     yield from _head_norm(attention.query_norm, "queries", entry)
     yield from _head_norm(attention.key_norm, "keys", entry)
     for part, linear in _linears(layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,13 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import IrcError, TargetError
-from irc.core.program import Program
+from irc.core.program import VAL, Program
 from irc.core.slices import evaluate_at
 from irc.lowering.gguf.description import Rope
 
+aten = torch.ops.aten
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+_NARROW = (torch.bfloat16, torch.float16)
 _PROBE = 64
 _DRIFT = 3e-6  # of an angle, relative to the position: what rounding to f32 adds
 
@@ -40,7 +44,8 @@ def _frequencies(program: Program, cos: fx.Node, sin: fx.Node) -> tuple[Tensor, 
     sizes = {name: max(length if name in _length_dims(program, cos) else 1, dim.minimum)
              for name, dim in program.dims.items()}  # fmt: skip
     try:
-        cos_table, sin_table = evaluate_at(program, [cos, sin], sizes)
+        whole, exact = _unrounded(program, [cos, sin])
+        cos_table, sin_table = evaluate_at(whole, exact, sizes)
     except IrcError as error:
         raise TargetError(f"the rotary angles of {cos.name} are no function of the position alone: {error}") from error
     cos_SR, sin_SR = (_as_table(table, cos.name) for table in (cos_table, sin_table))
@@ -60,15 +65,34 @@ def _frequencies(program: Program, cos: fx.Node, sin: fx.Node) -> tuple[Tensor, 
     return _stored_frequencies(program, cos, frequencies), 1.0 if abs(magnitude - 1) < 1e-6 else magnitude
 
 
-def _stored_frequencies(program: Program, cos: fx.Node, found: Tensor) -> Tensor:
-    """The program's own table of frequencies where it has one: what cos and sin say is rounded twice."""
-    pending, seen = [cos], set()
+def _unrounded(program: Program, nodes: list[fx.Node]) -> tuple[Program, list[fx.Node]]:
+    """The same values before a program of 16-bit numbers rounds them: then nothing about slow pairs can be seen."""
+    casts = {node.name for node in ancestors(nodes) if node.target in _CASTS and node.meta[VAL].dtype in _NARROW}
+    if not casts:
+        return program, nodes
+    own = program.copy()
+    exact = [own.node(node.name) for node in nodes]
+    for name in casts:
+        cast = own.node(name)
+        exact = [cast.args[0] if node is cast else node for node in exact]  # type: ignore[misc]
+        cast.replace_all_uses_with(cast.args[0])  # type: ignore[arg-type]
+    return own, exact
+
+
+def ancestors(nodes: list[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes themselves and all that they are computed from."""
+    pending, seen = list(nodes), set()
     while pending:
         node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        pending.extend(node.all_input_nodes)
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+            yield node
+
+
+def _stored_frequencies(program: Program, cos: fx.Node, found: Tensor) -> Tensor:
+    """The program's own table of frequencies where it has one: what cos and sin say is rounded twice."""
+    for node in ancestors([cos]):
         if node.op == "get_attr":
             table = program.weight(node).detach().flatten()
             if table.numel() == found.numel() and table.is_floating_point():

@@ -91,14 +91,14 @@ class Definer:
         self.program = program
         self.buffers: dict[fx.Node, Buffer] = {}
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
-        self._values: dict[tuple[fx.Node, At], Value] = {}
+        self._values: dict[fx.Node, dict[At, Value]] = {}
         self._gathered: dict[Value, sympy.Symbol] = {}
         self._sources: dict[sympy.Symbol, Value] = {}
 
     def give_buffer(self, node: fx.Node, buffer: Buffer) -> None:
         """From now on the node's value is read from memory."""
         self.buffers[node] = buffer
-        self._values = {key: value for key, value in self._values.items() if key[0] is not node}
+        self._values.pop(node, None)
 
     def shape(self, node: fx.Node) -> At:
         return self.program.shape_expr(node)
@@ -116,10 +116,10 @@ class Definer:
 
     def value(self, node: fx.Node, index: At) -> Value:
         """The node's value at an index; sizes are values without index."""
-        key = (node, index)
-        found = self._values.get(key)
+        known = self._values.setdefault(node, {})
+        found = known.get(index)
         if found is None:
-            found = self._values[key] = self._make(node, index)
+            found = known[index] = self._make(node, index)
         return found
 
     def defined(self, node: fx.Node, index: At) -> Value:

@@ -29,6 +29,7 @@ from irc.core.program import VAL, Program
 from irc.core.slices import evaluate_size
 from irc.lowering.onnx import quantized
 from irc.lowering.onnx.artifact import CONSECUTIVE, METADATA, WRITES_PART
+from irc.lowering.onnx.complex_numbers import write_as_pairs
 from irc.lowering.onnx.fusing import fuse
 from irc.lowering.onnx.installed import newest_opset
 from irc.lowering.onnx.options import OnnxOptions
@@ -55,6 +56,7 @@ def export_model(program: Program, setting: Setting) -> ir.Model:
     own = program.copy()
     own.erase_dead()
     _store_all_scores(own)
+    write_as_pairs(own)
     fuse(setting, own)
     quantized.fold_other_formats(own)
     if quantized.keep_opaque(own) and setting.opset < _OPSET_QUANTIZED:

@@ -138,10 +138,10 @@ class Prelude:
         return self.graph.initializers[name]
 
     def lengths(self) -> tuple[ir.Value, ir.Value]:
-        """(last position of each row [B], longest sequence []), i32."""
+        """(last position of each row [B], longest sequence [1]), i32."""
         one = self.number("one", [1], [1])
         last = self.add("Sub", self.add("ReduceSum", self.mask, one, keepdims=0), one)
-        longest = self.add("Squeeze", self.add("Shape", self.mask, start=1, end=2))
+        longest = self.add("Shape", self.mask, start=1, end=2)
         to = ir.DataType.INT32
         return self.add("Cast", last, to=to), self.add("Cast", longest, to=to)
 

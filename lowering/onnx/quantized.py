@@ -119,14 +119,16 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         zeros = zero_point.const_value.numpy().astype(np.int16)
     shape = tuple(node.attributes["shape"].as_ints())
     attributes: dict[str, Any] = {}
+    # Zero points are written even where all are 0: ONNX Runtime's own rewriting of 8-bit weights relies on them.
     if chosen.per_tensor:
         scales, zeros = scales.reshape(()), None if zeros is None else zeros.reshape(())
     elif chosen.group_size is None and scales.size == shape[0]:  # what runtimes know as "per channel"
-        # Zero points are written even where all are 0: ONNX Runtime's own rewriting of weights relies on them.
         scales, zeros = scales.reshape(-1), np.zeros(shape[0], np.int16) if zeros is None else zeros.reshape(-1)
         attributes = {"axis": 0}
     else:
         attributes = {"axis": len(shape) - 1, "block_size": shape[-1] // scales.shape[-1]}
+        if zeros is None and not chosen.packs_two:
+            zeros = np.zeros(scales.shape, np.int16)
     integers, kind = _integers(stored, shape, chosen)
     if chosen.packs_two and chosen.signed:
         zeros = (np.zeros(scales.shape, np.int16) if zeros is None else zeros) + _NIBBLE_OFFSET

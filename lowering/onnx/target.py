@@ -19,6 +19,7 @@ from irc.core.ops.registry import find_op, is_irc_op
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
 from irc.lowering.onnx.artifact import MODEL_FILE, OnnxArtifact, write_model
+from irc.lowering.onnx.complex_numbers import is_complex, write_as_pairs
 from irc.lowering.onnx.options import OnnxOptions
 
 _NEEDED = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -58,6 +59,9 @@ class OnnxTarget(Target):
     def coverage(self, program: Program, options: OnnxOptions) -> Coverage:
         """What the target makes of a program with these options."""
         coverage = Coverage(self.name)
+        if any(map(is_complex, program.graph.nodes)):
+            program = program.copy()
+            write_as_pairs(program)
         _count_operations(program, options, coverage)
         fakes = sum(is_irc_op(node.target, "fake_quantize") for node in program.operations())
         if fakes:

@@ -16,8 +16,10 @@ def round_to_nearest(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed integers, scale and zero point (None if symmetric) of a weight [N, K].
 
-    Scales are those of `QuantFormat.scales_of_range`. Not for per-tensor formats (`formats.quantize_tensor` takes
-    those). On the meta device: types only.
+    Below 8 bits, a symmetric scale is absmax / (high + 1/2), and integers run from -2^(bits-1): a smaller step, and
+    what is at the end of the range is still at most half a step off. With 8 bits that gains nothing, and integer
+    products of bytes like it better without -128: absmax / high, as `QuantFormat.scales_of_range` has it. Not for
+    per-tensor formats (`formats.quantize_tensor` takes those). On the meta device: types only.
     """
     rows, width = weight.shape
     scale_shape = chosen.scale_shape((rows, width))
@@ -42,12 +44,18 @@ def _quantize_block(x: Tensor, chosen: QuantFormat, scale_out: Tensor, zero_out:
     low, high = torch.aminmax(groups, dim=-1)
     found, zero_point, _ = chosen.scales_of_range(low, high, scale_out.dtype)
     assert found is not None
+    lowest = chosen.low
+    if chosen.symmetric and chosen.bits < 8:
+        lowest = chosen.lowest_stored
+        found = torch.where(torch.maximum(-low, high) > 0, found.float() * (chosen.high / (chosen.high + 0.5)), 1.0).to(
+            scale_out.dtype
+        )
     scale_out.copy_(found)
     values = groups.mul(found.float().reciprocal().unsqueeze(-1)).round_()
     if zero_out is not None and zero_point is not None:
         zero_out.copy_(zero_point)
         values.add_(zero_point.unsqueeze(-1))
-    return chosen.pack(values.clamp_(chosen.low, chosen.high).flatten(-2))
+    return chosen.pack(values.clamp_(lowest, chosen.high).flatten(-2))
 
 
 def worst_group(

@@ -1,10 +1,11 @@
 """KV-cache quantization: a step program keeps its keys and values in 8 or 4 bits, with a scale a token and head.
 
 Runs behind `insert-kv-cache`. Each cache input becomes two: the stored numbers [B, H, L, D] (two 4-bit integers share a
-byte: D / 2) under the old name, and their scales f32[B, H, L, 1] as `<name>_scale`. New keys and values are quantized
-once, when they are written; attention reads the whole cache dequantized, which a target with a kernel for it fuses.
+byte: D / 2) under the old name, and their scales f32[B, H, L, 1] as `<name>_scale`; of a paged cache [blocks, P, H, D]
+and [blocks, P, H, 1]. New keys and values are quantized once, when they are written; attention reads the whole cache
+dequantized, which a target with a kernel for it fuses (target `reference` restores only the pages that a step reads).
 
-Does not handle: a cache that something else than its own write reads; paged caches.
+Does not handle: a cache that something else than its own write reads.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, dtype_name
 from irc.passes.quantize._cache_codec import CODECS, Codec
 
-_FIRST_CACHE = 3
+_WRITES = ("cache_write", "paged_cache_write")
 # Largest change of logits and of what the cache gives back, relative to the largest value; largest mean KL in nats.
 _LIMITS = {"int8": (0.03, 0.01), "fp8": (0.15, 0.05), "int4": (0.4, 0.3)}
 
@@ -56,18 +57,15 @@ class QuantizeKVCache(Pass):
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
     def requires(self, program: Program) -> list[str]:
-        cache = KVCache.of(program)
-        if cache is None:
+        if KVCache.of(program) is None:
             return ["the program has no key-value cache: run insert-kv-cache before"]
-        if cache.layout != "contiguous":
-            return [f"the cache's layout is {cache.layout}; only contiguous caches can be quantized"]
         return []
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         codec, skips, quantized = CODECS[self.format], list[Skip](), dict[str, torch.dtype]()
         before = _cache_of(program)
         continues = {program.outputs[out]: program.placeholders[i] for out, i in program.aliases.items()}
-        for node in program.placeholders[_FIRST_CACHE:]:
+        for node in program.placeholders[before.num_inputs :]:
             write = _own_write(program, node)
             problem = write if isinstance(write, str) else codec.why_not(int(node.meta[VAL].shape[-1]))
             if problem is not None:
@@ -104,19 +102,24 @@ class QuantizeKVCache(Pass):
         program, findings = result.program, []
         cache = _cache_of(program)
         placeholders, outputs = program.placeholders, program.outputs
-        for one, node in zip(cache.caches, placeholders[_FIRST_CACHE:], strict=True):
+        first = cache.num_inputs
+        for one, node in zip(cache.caches, placeholders[first:], strict=True):
             value = node.meta[VAL]
             found = (str(node.target), *(int(size) for size in value.shape[1:]), value.dtype)
-            if found != (one.name, one.heads, cache.max_length, one.head_dim, one.dtype):
+            if found != (one.name, *cache.shape(one, None)[1:], one.dtype):
                 findings.append(Finding(node.name, f"is {found}, the metadata say {one}"))
-        if sorted(program.aliases.values()) != list(range(_FIRST_CACHE, len(placeholders))):
+        if sorted(program.aliases.values()) != list(range(first, len(placeholders))):
             findings.append(Finding(program.output_node.name, f"continues the inputs {program.aliases}"))
         for output, source in program.aliases.items():
             written, name = outputs[output], str(placeholders[source].target)
             stored = any(one.stores and name in (one.name, f"{one.name}_scale") for one in cache.caches)
-            if stored and (not is_irc_op(written.target, "cache_write") or written.args[0] is not placeholders[source]):
+            if stored and (not _is_write(written) or written.args[0] is not placeholders[source]):
                 findings.append(Finding(placeholders[source].name, "is not what its output continues"))
         return findings
+
+
+def _is_write(node: fx.Node) -> bool:
+    return any(is_irc_op(node.target, name) for name in _WRITES)
 
 
 def _cache_of(program: Program) -> KVCache:
@@ -132,7 +135,7 @@ def _own_write(program: Program, cache: fx.Node) -> fx.Node | str:
     if str(cache.target).endswith("_scale"):
         return f"{cache.target} holds the scales of a quantized cache"
     writes = list(cache.users)
-    if len(writes) != 1 or not is_irc_op(writes[0].target, "cache_write") or writes[0].args[0] is not cache:
+    if len(writes) != 1 or not _is_write(writes[0]) or writes[0].args[0] is not cache:
         return f"{cache.target} is read by {', '.join(n.name for n in writes)}, not only by its own write"
     if writes[0] not in program.outputs:
         return f"what is written to {cache.target} is no output"
@@ -143,8 +146,9 @@ def _quantize(
     program: Program, cache: fx.Node, write: fx.Node, codec: Codec, continues: dict[fx.Node, fx.Node]
 ) -> None:
     """Replace one cache: its input's type, its write, what attention reads, and the outputs."""
-    _, value, positions = write.args
+    _, value, places = write.args
     assert isinstance(value, fx.Node)
+    assert callable(write.target)
     dtype = write.meta[VAL].dtype
     stored, scale = codec.encode(program, value, write)
     shape = tuple(cache.meta[VAL].shape)
@@ -155,9 +159,8 @@ def _quantize(
     with program.fake_mode:
         cache.meta[VAL] = torch.empty(stored_shape, dtype=stored_type, device=device)
         scales.meta[VAL] = torch.empty((*shape[:-1], 1), dtype=scale.meta[VAL].dtype, device=device)
-    target = torch.ops.irc.cache_write.default
-    written = program.insert(target, cache, stored, positions, before=write)
-    written_scales = program.insert(target, scales, scale, positions, before=write)
+    written = program.insert(write.target, cache, stored, places, before=write)
+    written_scales = program.insert(write.target, scales, scale, places, before=write)
     restored = codec.decode(program, written, written_scales, dtype, write)
     outputs: list[Any] = []
     for out in program.outputs:
@@ -180,9 +183,10 @@ def _describe(
     program.out_spec = pytree.tree_flatten((0,) * len(outputs))[1]
     program.aliases = {i: placeholders.index(continues[out]) for i, out in enumerate(outputs) if out in continues}
     entries = []
-    for node in placeholders[_FIRST_CACHE:]:
+    heads = 1 if before.block_size is None else 2
+    for node in placeholders[before.num_inputs :]:
         value, name = node.meta[VAL], str(node.target)
-        entry = {"name": name, "heads": int(value.shape[1]), "head_dim": int(value.shape[3]),
+        entry = {"name": name, "heads": int(value.shape[heads]), "head_dim": int(value.shape[3]),
                  "dtype": dtype_name(value.dtype)}  # fmt: skip
         known = next((one.stores for one in before.caches if one.name == name), None)
         stores = codec.text if name in quantized else known
@@ -197,8 +201,8 @@ def _stored_inputs(
     inputs: Sequence[Any], before: KVCache, quantized: dict[str, torch.dtype], codec: Codec
 ) -> Iterator[Any]:
     """Inputs of the program before as inputs of the quantized one."""
-    yield from inputs[:_FIRST_CACHE]
-    for one, value in zip(before.caches, inputs[_FIRST_CACHE:], strict=True):
+    yield from inputs[: before.num_inputs]
+    for one, value in zip(before.caches, inputs[before.num_inputs :], strict=True):
         if one.name in quantized:
             yield from codec.encode_tensor(value)
         else:
@@ -234,6 +238,9 @@ def _replay(
 ) -> list[Any]:
     """The outputs that the program before would have given for its own inputs."""
     stored = list(_stored_inputs(inputs, before, quantized, codec))
+    if before.block_size is not None:
+        logits, *caches = evaluate(step.graph, step.weight, stored)
+        return [logits, *_restored_caches(caches, before, quantized, codec)]
     logits, caches = _in_parts(step, stored, lambda node, value: None)
     return [_pick(logits, 1, inputs[2]), *_restored_caches(caches, before, quantized, codec)]
 
@@ -247,8 +254,11 @@ def _trace(
     observer: Observer,
 ) -> None:
     """Show the parts' values joined along the tokens, at the wanted ones where the step has only those."""
-    parts: dict[fx.Node, list[Any]] = {}
     stored = list(_stored_inputs(inputs, before, quantized, codec))
+    if before.block_size is not None:  # one step, in which everything is read back from the pages
+        evaluate(step.graph, step.weight, stored, observer)
+        return
+    parts: dict[fx.Node, list[Any]] = {}
     _in_parts(step, stored, lambda node, value: parts.setdefault(node, []).append(value))
     sequence, wanted = (step.shape_expr(node)[1] for node in step.placeholders[1:3])
     for node, values in parts.items():

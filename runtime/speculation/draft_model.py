@@ -13,9 +13,10 @@ from irc.core.errors import OptionError
 from irc.core.paged import PagedModel, StepInputs
 from irc.runtime.block_manager import BlockManager
 from irc.runtime.requests import SequenceState
-from irc.runtime.sampling import Row, adjusted_logits, draw, kept_probabilities, uniforms
+from irc.runtime.sampling import Row, adjusted_logits, draw, kept_probabilities, likeliest, uniforms
 from irc.runtime.speculation.speculation import Proposal
 from irc.runtime.speculation.verification import PROPOSE
+from irc.runtime.step_inputs import decoding_inputs, slots_of
 
 _DEFAULT_MEMORY = 1 << 28
 
@@ -26,6 +27,40 @@ class _State:
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+
+
+class _Rows:
+    """The sequences that the draft model decodes together, as inputs of its steps."""
+
+    def __init__(self, states: Sequence[_State], block_size: int) -> None:
+        self.states, self._block_size = states, block_size
+        width = max(len(state.blocks) for state in states)
+        self._tables = np.array([s.blocks + [0] * (width - len(s.blocks)) for s in states], dtype=np.int64)
+        self._order = np.arange(len(states), dtype=np.int64)
+        self._at = np.zeros(len(states), dtype=np.int64)
+
+    def catching_up(self, new: Sequence[Sequence[int]]) -> StepInputs:
+        """A step over the tokens that each sequence's pages lack; the last one's logits are wanted."""
+        counts = [len(tokens) for tokens in new]
+        starts = [len(state.tokens) for state in self.states]
+        self._at = np.array(starts, dtype=np.int64) + counts - 1
+        if len(new) == sum(counts):
+            return self._decoding([tokens[0] for tokens in new])
+        sequence_ids = np.repeat(self._order, counts)
+        positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
+        at = np.array(positions, dtype=np.int64)
+        slots = slots_of(self._tables, sequence_ids, at, self._block_size)
+        tokens = np.array([token for row in new for token in row], dtype=np.int64)
+        wanted = np.cumsum(counts, dtype=np.int64) - 1
+        return StepInputs(*map(torch.from_numpy, (tokens, at, sequence_ids, self._tables, slots, wanted)))
+
+    def one_more(self, tokens: Sequence[int]) -> StepInputs:
+        """The step behind the last one, over one token of each sequence."""
+        self._at = self._at + 1
+        return self._decoding(tokens)
+
+    def _decoding(self, tokens: Sequence[int]) -> StepInputs:
+        return decoding_inputs(np.array(tokens, dtype=np.int64), self._at, self._order, self._tables, self._block_size)
 
 
 class DraftModelProposer:
@@ -58,13 +93,24 @@ class DraftModelProposer:
         made = [Proposal([]) for _ in sequences]
         able = [i for i, s in enumerate(sequences) if self._prepare(s, lengths[i])]
         drawn: dict[int, list[Tensor]] = {i: [] for i in able if not sequences[i].request.sampling.greedy}
-        for depth in range(max((lengths[i] for i in able), default=0)):
-            active = [i for i in able if lengths[i] > depth]
-            logits = self._step([(sequences[i], made[i].tokens) for i in active])
+        active = [i for i in able if lengths[i] > 0]
+        rows: _Rows | None = None
+        while active:
+            if rows is None or len(rows.states) != len(active):
+                rows = _Rows([self._states[sequences[i]] for i in active], self._model.block_size)
+                new = [[*sequences[i].ids, *made[i].tokens][len(self._states[sequences[i]].tokens) :] for i in active]
+                inputs = rows.catching_up(new)
+            else:
+                new = [made[i].tokens[-1:] for i in active]
+                inputs = rows.one_more([row[0] for row in new])
+            logits = self._model.paged_step(self._pages, inputs)
+            for state, row in zip(rows.states, new, strict=True):
+                state.tokens += row
             for i, token, probabilities in self._chosen(active, sequences, made, logits):
                 made[i].tokens.append(token)
                 if probabilities is not None:
                     drawn[i].append(probabilities)
+            active = [i for i in active if lengths[i] > len(made[i].tokens)]
         return [Proposal(p.tokens, torch.stack(drawn[i]) if drawn.get(i) else None) for i, p in enumerate(made)]
 
     def _prepare(self, sequence: SequenceState, length: int) -> bool:
@@ -85,33 +131,13 @@ class DraftModelProposer:
             state.blocks += found
         return True
 
-    def _step(self, rows: Sequence[tuple[SequenceState, list[int]]]) -> Tensor:
-        """Logits behind each sequence and its draft so far; what the pages lack is computed."""
-        states = [self._states[sequence] for sequence, _ in rows]
-        new = [[*s.ids, *draft][len(state.tokens) :] for (s, draft), state in zip(rows, states, strict=True)]
-        width, size = max(len(state.blocks) for state in states), self._model.block_size
-        tables = np.array([state.blocks + [0] * (width - len(state.blocks)) for state in states], dtype=np.int64)
-        counts = [len(tokens) for tokens in new]
-        sequence_ids = np.repeat(np.arange(len(rows), dtype=np.int64), counts)
-        positions = np.array(
-            [len(s.tokens) + i for s, count in zip(states, counts, strict=True) for i in range(count)], dtype=np.int64
-        )
-        slots = tables[sequence_ids, positions // size] * size + positions % size
-        tokens = np.array([token for row in new for token in row], dtype=np.int64)
-        wanted = np.cumsum(counts, dtype=np.int64) - 1
-        inputs = StepInputs(*map(torch.from_numpy, (tokens, positions, sequence_ids, tables, slots, wanted)))
-        logits = self._model.paged_step(self._pages, inputs)
-        for state, row in zip(states, new, strict=True):
-            state.tokens += row
-        return logits
-
     def _chosen(
         self, active: Sequence[int], sequences: Sequence[SequenceState], made: Sequence[Proposal], logits: Tensor
     ) -> list[tuple[int, int, Tensor | None]]:
         """(sequence, next token, the probabilities it was drawn from) for each active sequence."""
         chosen = [sequences[i] for i in active]
         if all(s.request.sampling.plain for s in chosen):
-            return [(i, token, None) for i, token in zip(active, logits.argmax(-1).tolist(), strict=True)]
+            return [(i, token, None) for i, token in zip(active, likeliest(logits), strict=True)]
         rows = []
         for i, sequence in zip(active, chosen, strict=True):
             ids = [*sequence.ids, *made[i].tokens]

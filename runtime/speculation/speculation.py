@@ -54,6 +54,12 @@ class SpeculationStats:
         """Accepted tokens of the drafted ones."""
         return self.accepted / self.drafted if self.drafted else None
 
+    def __str__(self) -> str:
+        rate, tokens = self.acceptance_rate, self.tokens_per_step
+        if rate is None or tokens is None:
+            return "speculation: nothing was guessed"
+        return f"speculation: {self.accepted} of {self.drafted} guesses stood ({rate:.0%}), {tokens:.2f} tokens a step"
+
     @property
     def tokens_per_step(self) -> float | None:
         """Tokens a sequence gets in a step."""
@@ -77,10 +83,9 @@ class Speculation:
         for sequence in sequences:
             sequence.draft, sequence.draft_probs = [], None
         self._batch, self._guessed = len(sequences), 0
-        able = [s for s in sequences if s.constraint is None]
-        lengths = self.controller.lengths(able)
+        lengths = self.controller.lengths(sequences)
         asked = []
-        for sequence, length in zip(able, lengths, strict=True):
+        for sequence, length in zip(sequences, lengths, strict=True):
             room = min(max_length, sequence.prompt_length + sequence.request.max_new_tokens) - len(sequence.ids) - 1
             if min(length, room) > 0:
                 asked.append((sequence, min(length, room)))

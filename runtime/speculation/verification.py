@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from irc.runtime.requests import SequenceState
@@ -15,12 +14,16 @@ ACCEPT, PROPOSE = 1, 2
 """Purposes of random numbers besides drawing from the target (0)."""
 
 
-def verified(logits: Tensor, sequences: Sequence[SequenceState], allowed: Sequence[Tensor | None]) -> list[list[int]]:
+def verified(
+    logits: Tensor, sequences: Sequence[SequenceState], allowed: Sequence[Sequence[Tensor | None]]
+) -> list[list[int]]:
     """The tokens that follow each sequence: its draft's that stand, and one more.
+
+    `allowed`: for each sequence the masks of its rows (`Constraint.masks`).
 
     Shapes: logits [R, V]: for each sequence one row behind its last token and one behind each draft token.
     """
-    rows = [row for s, mask in zip(sequences, allowed, strict=True) for row in _rows(s, mask)]
+    rows = [row for s, masks in zip(sequences, allowed, strict=True) for row in _rows(s, masks)]
     adjusted = adjusted_logits(logits, rows)
     best = adjusted.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
@@ -31,8 +34,8 @@ def verified(logits: Tensor, sequences: Sequence[SequenceState], allowed: Sequen
         numbers = uniforms([rows[i].key for i in drawn], [rows[i].position for i in drawn])
         best[drawn] = draw(probabilities, numbers)
     tokens, made, first = best.tolist(), [], 0
-    for sequence in sequences:
-        count = 1 + len(sequence.draft)
+    for sequence, masks in zip(sequences, allowed, strict=True):
+        count = len(masks)  # a request that has just failed has no draft any more, but rows it still has
         if sequence.request.sampling.greedy or count == 1:
             made.append(accept_greedy(sequence.draft, tokens[first : first + count]))
         else:
@@ -42,13 +45,13 @@ def verified(logits: Tensor, sequences: Sequence[SequenceState], allowed: Sequen
     return made
 
 
-def _rows(sequence: SequenceState, allowed: Tensor | None) -> list[Row]:
+def _rows(sequence: SequenceState, allowed: Sequence[Tensor | None]) -> list[Row]:
     sampling = sequence.request.sampling
     length, ids = len(sequence.ids), sequence.ids
     made = []
-    for index in range(1 + len(sequence.draft)):
+    for index in range(len(allowed)):
         before = [*ids, *sequence.draft[:index]] if sampling.penalizes else ()
-        made.append(Row(sampling, sequence.key, length + index, before, sequence.prompt_length, allowed))
+        made.append(Row(sampling, sequence.key, length + index, before, sequence.prompt_length, allowed[index]))
     return made
 
 
@@ -58,8 +61,3 @@ def _accepted(sequence: SequenceState, target: Tensor) -> list[int]:
     return accept(
         sequence.draft, target, sequence.draft_probs, uniforms(keys, positions, ACCEPT), uniforms(keys, positions)
     )
-
-
-def no_mask(sequences: Sequence[SequenceState]) -> list[torch.Tensor | None]:
-    """No constraints."""
-    return [None] * len(sequences)

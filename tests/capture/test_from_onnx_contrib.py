@@ -149,7 +149,8 @@ def test_a_bert_of_transformers_comes_back(tmp_path: Path) -> None:
     read = irc.from_onnx(path)
     assert read.input_names == list(names)
     found = ops(read)
-    assert (found["aten.layer_norm"], found["aten.gelu"], found["aten.linear"]) == (5, 2, 14)
+    assert (found["irc.attention"], found["aten.layer_norm"], found["aten.gelu"], found["aten.linear"]) == (2, 5, 2, 14)
+    assert found["aten.add.Tensor"] == 6  # of embeddings and branches: biases belong to the layers
     for batch, length in ((1, 1), (3, 9)):
         ids, mask = steps.tokens(batch, length), torch.ones(batch, length, dtype=torch.int64)
         mask[0, max(1, length - 2) :] = 0

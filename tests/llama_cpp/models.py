@@ -41,9 +41,16 @@ EXTRA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon, two norms": (
         "FalconForCausalLM", "FalconConfig", _FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True},
     ),
-    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", _SMALL | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": (
+        "OlmoeForCausalLM", "OlmoeConfig",
+        _SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    ),
+    "olmo2, tied": ("Olmo2ForCausalLM", "Olmo2Config", _SMALL | {"tie_word_embeddings": True}),
     "cohere": ("CohereForCausalLM", "CohereConfig", _SMALL | {"logit_scale": 0.25}),
 }  # fmt: skip
+
+# Architectures to insist on, where another one would do as well.
+ASKED = {"starcoder2": "starcoder2"}
 
 
 def program(name: str) -> Program:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import irc
 from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.paged import StepInputs, tables_in_order
 from irc.core.program import Program
 from irc.core.target import Artifact, get_target
 from irc.frontend import capture
@@ -48,6 +49,12 @@ def test_attention_reads_caches_in_half_floats_as_they_lie() -> None:
     assert "f32[B, 4, 32, 8]" not in artifact.source  # no kernel widens the whole cache
     check = artifact.verify(program)
     assert check.passed, str(check)
+
+
+def test_default_passes_merge_sibling_layers() -> None:
+    names = [p.name for p in CPU.default_passes(steps.decoder())]
+    assert names == ["merge-qkv", "merge-gate-up", "insert-kv-cache"]
+    assert [p.name for p in CPU.default_passes(steps.cnn())] == ["fold-conv-batch-norm"]
 
 
 def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
@@ -182,6 +189,14 @@ def test_engine_gives_the_tokens_of_the_reference() -> None:
     reference = irc.compile(steps.language_model(), "insert-kv-cache{max-length=32}", **arguments)
     expected = reference.generate(steps.PROMPTS, max_new_tokens=12).token_ids
     assert compiled.generate(steps.PROMPTS, max_new_tokens=12).token_ids == expected
+    model = compiled.paged_model()
+    pages = model.new_pages(8)
+    places = [page.data_ptr() for page in pages]
+    inputs = StepInputs.of_rows(steps.tokens()[:1], 0, tables_in_order(1, 32, 4), 4)
+    model.paged_step(pages, inputs)
+    assert [page.data_ptr() for page in pages] == places  # however large, they are not copied
+    with pytest.raises(OptionError, match="pages must be dense"):
+        model.paged_step([page[::2] for page in pages], inputs)
 
 
 @pytest.mark.parametrize("weights", ["bits=4,group-size=16", "bits=8,group-size=none", "format=f8e4m3.row"])

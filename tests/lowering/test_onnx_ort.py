@@ -153,6 +153,17 @@ def test_scales_of_tokens_multiply_integers() -> None:
     assert kinds(artifact)["MatMulInteger"] == 8
     check = artifact.verify(program)
     assert check.passed, str(check)
+    assert check.relative < 1e-5  # far below a step of the format: the integers are the same
+
+
+def test_groups_of_8_bit_integers() -> None:
+    """Both ways to write them: blocks of DequantizeLinear, which the runtime rewrites, and MatMulNBits."""
+    passes = "quantize-weights{bits=8,group-size=16}"
+    program = PassManager(passes, verify="off").run(steps.decoder()).program
+    for options in ({}, ORT):
+        check = ONNX.lower(program, options).verify(program)
+        assert check.passed, str(check)
+        assert check.relative < 1e-5
 
 
 def reasons(program: Program, setting: Setting) -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ from irc.core.pipeline import parse_pipeline, print_pipeline
 from irc.core.program import Program
 from irc.core.target import get_target
 from irc.passes import InsertKVCache, QuantizeKVCache
+from irc.runtime.engine import EngineOptions
 from tests import zoo
 
 each_format = pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
@@ -92,6 +93,26 @@ def test_generation_equals_the_program_run_by_hand(step: Program, format: str) -
             ids.append(int(logits[0, -1].argmax()))
             position, new = position + count, torch.tensor([[ids[-1]]])
         assert ids[len(prompt) :] == tokens
+
+
+@each_format
+def test_pages(format: str) -> None:
+    """Pages hold the numbers of the contiguous cache, and an engine over them gives the tokens that it gives."""
+    passes = [InsertKVCache(max_length=32, layout="paged", block_size=4), QuantizeKVCache(format=format)]  # type: ignore[arg-type]
+    result = irc.PassManager(passes).run(zoo.captured("llama"))
+    program, row = result.program, result.report.rows[-1]
+    cache = KVCache.of(program)
+    assert row.matches == 4
+    assert cache is not None
+    assert cache.num_bytes(1) == 4 * 2 * 4 * BYTES[format]
+    assert [page.shape[1:3] for page in cache.empty(3)] == [(4, 2)] * 8
+    contiguous = quantized(irc.PassManager([InsertKVCache(max_length=32)]).run(zoo.captured("llama")).program, format)
+    prompts = [[5, 9, 11], [7, 20, 30, 31, 32, 40]]
+    expected = irc.compile(contiguous.program).generate(prompts, max_new_tokens=12).token_ids
+    assert irc.compile(program).generate(prompts, max_new_tokens=12).token_ids == expected
+    options = EngineOptions(memory_bytes=5 * cache.num_bytes(1))
+    small = irc.compile(program).generate(prompts, max_new_tokens=12, options=options)
+    assert small.token_ids == expected  # with room for one of them: the other waits, or is computed again
 
 
 def test_a_cache_of_another_type_is_quantized_too(step: Program) -> None:

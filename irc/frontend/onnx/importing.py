@@ -49,6 +49,7 @@ def from_onnx(
     """
     file = Path(path)
     model = read_model(file)
+    _fix_head_widths(model.graph)
     module = OnnxModule(model, file.parent).eval()
     sizes: dict[str, int] = {}
     dynamic, made = [], []
@@ -69,6 +70,25 @@ def from_onnx(
         raise _inner(error) from error
     _restore_cache(program, model)
     return program
+
+
+def _fix_head_widths(graph: Any) -> None:
+    """Caches whose width of a head is left open, though the attention's weights fix it, get that width."""
+    values = {value.name: value for value in (*graph.input, *graph.output)}
+    stored = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    sizes = {out: a.i for node in graph.node for out in node.output for a in node.attribute if a.name == "N"}
+    for node in graph.node:
+        if node.op_type != "GroupQueryAttention" or len(node.input) < 5:
+            continue
+        heads = sum(
+            {"num_heads": 1, "kv_num_heads": 2}.get(a.name, 0) * a.i for a in node.attribute if a.name.endswith("heads")
+        )
+        tables = stored.get(node.input[7], []) if len(node.input) > 7 else []
+        width = 2 * tables[1] if len(tables) == 2 else sizes.get(node.input[0], 0) // max(heads, 1)
+        for name in (*node.input[3:5], *node.output[1:3]):
+            dims = values[name].type.tensor_type.shape.dim if name in values else []
+            if len(dims) == 4 and width and not dims[3].HasField("dim_value"):
+                dims[3].dim_value = width
 
 
 def _inner(error: BaseException) -> IrcError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import irc.frontend.onnx.operators  # noqa: F401  (registers every operator)
 from irc.core.errors import CaptureError, IrcError
 from irc.frontend.onnx.calls import Call, Value, find_operator, to_numbers
+from irc.frontend.onnx.patterns import DOMAIN, LINEAR, put_together
 from irc.frontend.onnx.reading import DTYPES, read_tensor
 
 _FOUR_BITS = ("INT4", "UINT4")
@@ -51,7 +52,10 @@ class OnnxModule(nn.Module):
         self.input_names = identifiers(value.name for value in self.inputs)
         self._outputs = [value.name for value in model.graph.output]
         self._shapes = {value.name: _shape(value) for value in (*model.graph.input, *model.graph.output)}
-        self._nodes = [(node, _attributes(node, folder)) for node in model.graph.node]
+        self._nodes = [(node, _attributes(node, folder)) for node in put_together(model.graph)]
+        for node, _ in self._nodes:
+            if node.domain == DOMAIN and node.op_type == LINEAR:
+                self._turn(node)
         for node, attributes in self._nodes:
             if node.op_type == "Constant" and isinstance(attributes.get("value"), Tensor):
                 self._scalar(node.output[0], attributes["value"])
@@ -78,6 +82,13 @@ class OnnxModule(nn.Module):
             owner.register_buffer(leaf, value)
         self._names[name] = leaf
         self._owners = getattr(self, "_owners", {}) | {name: (owner,)}
+
+    def _turn(self, node: Any) -> None:
+        """Let a linear layer have its matrix as PyTorch stores it, [N, K]."""
+        name = node.input[1]
+        if f"{name}_turned" not in self._names:
+            self._store(f"{name}_turned", getattr(self._owners[name][0], self._names[name]).detach().t().contiguous())
+        node.input[1] = f"{name}_turned"
 
     def _scalar(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype == torch.float32 and tensor.dim() == 0:

@@ -57,9 +57,9 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     parts = dequantized_parts(layer.weight) if is_irc_op(layer.weight.target, "dequantize") else None
     stored = parts[0] if parts is not None else layer.weight
     name = f"{stored.target} as {problem.weight} panels"
-    if name not in weights.offsets:
-        scale = None if parts is None or parts[1] is None else program.weight(parts[1]).detach()
-        weights.add(name, template.pack(problem, program.weight(stored).detach(), scale))
+    scale = None if parts is None or parts[1] is None else program.weight(parts[1]).detach()
+    weight = program.weight(stored).detach()
+    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, weight, scale))
     epilogue = print_epilogue(call.epilogue)
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]

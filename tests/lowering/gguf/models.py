@@ -68,7 +68,7 @@ class Oddity(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens)
         angles = torch.arange(tokens.shape[1], device=tokens.device)[:, None] * self.speeds
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for step in self.steps:
             x = step(x, cos, sin)
         return self.speak(self.last(x))
@@ -103,7 +103,15 @@ class Plain(nn.Module):
         return F.linear(self.z(x), self.a.weight)
 
 
+def half(model: Oddity) -> Oddity:
+    """Weights, and rotary tables once they are made, in bf16."""
+    speeds = model.speeds
+    model.to(torch.bfloat16).speeds = speeds.float()
+    return model
+
+
 MODELS = {
+    "half": lambda: half(Oddity()),
     "odd": lambda: Oddity(),
     "pruned": lambda: Oddity((96, 64)),
     "late": lambda: Oddity(late_norm=True),

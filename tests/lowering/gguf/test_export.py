@@ -11,6 +11,7 @@ import torch
 
 from irc.core.errors import OptionError, TargetError
 from irc.lowering.gguf import export_gguf
+from irc.lowering.gguf.reading import read_file
 from tests.lowering.gguf.models import VOCABULARY, program
 
 
@@ -84,3 +85,13 @@ def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(
     with pytest.raises(KeyboardInterrupt):
         export_gguf(program("odd"), path)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.gguf", "before")]
+
+
+def test_rotary_tables_that_a_bf16_program_rounds_are_read_before(tmp_path: Path) -> None:
+    written = export_gguf(program("half"), tmp_path / "half.gguf")
+    found, plain = read_file(written.path), export_gguf(program("odd"), tmp_path / "odd.gguf")
+    expected = read_file(plain.path)
+    key = "irc.rope.frequencies"
+    assert found.metadata[key] == expected.metadata[key]
+    assert found.metadata["llama.rope.freq_base"] == expected.metadata["llama.rope.freq_base"]
+    assert written.types["blk.0.attn_q.weight"] == "bf16"

@@ -15,6 +15,7 @@
 
 #include "irc/f32x16.h"
 #include "irc/pool.h"
+#include "irc/streams.h"
 
 IRC_BEGIN
 
@@ -216,15 +217,16 @@ inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, in
 // One row against P neighbouring panels, as many streams of memory.
 template <class Panel, int P>
 inline void panels_times_floats(const float* x, const uint8_t* panel, int64_t size, float* results) {
-    constexpr int64_t ahead = 1024, step = Panel::step;
+    constexpr int64_t step = Panel::step;
     const int64_t panel_bytes = Panel::bytes(size);
     f32x16 sums[P];
     for (int p = 0; p < P; ++p) sums[p] = zero();
     const int64_t whole = size / step * step;
     for (int64_t k = 0; k < whole; k += step) {
+        const int64_t next = stream_ahead(P, Panel::at(panel, k) - panel, 2 * row_ahead, panel_bytes);
         for (int p = 0; p < P; ++p) {
             const uint8_t* place = Panel::at(panel, k) + p * panel_bytes;
-            prefetch(place + ahead);
+            prefetch(place + next);
             sums[p] = fma(set1(x[k]), Panel::template columns<0>(place), sums[p]);
             if constexpr (step == 2) sums[p] = fma(set1(x[k + 1]), Panel::template columns<1>(place), sums[p]);
         }
@@ -254,13 +256,15 @@ inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uin
     };
     if constexpr (sizeof(Input) == 4) {
         if (num_rows == 1) {
-            constexpr int64_t panels = 4, width = 16 * panels;
-            for_chunks(worker, ceil_div(num_columns, width), [&](int64_t chunk) {
+            constexpr int64_t width = 16 * row_panels, units = width / gemm_piece;
+            for_blocks(worker, ceil_div(num_columns, gemm_piece), units, [&](int64_t first, int64_t last) {
                 alignas(64) float values[width];
-                const int64_t n0 = chunk * width, n1 = min_of(num_columns, n0 + width);
+                const int64_t n0 = first * gemm_piece, n1 = min_of(num_columns, last * gemm_piece);
                 const uint8_t* panel = packed + n0 / 16 * panel_bytes;
                 if (n1 - n0 > width - 16)
-                    panels_times_floats<Panel, panels>(x, panel, size, values);
+                    panels_times_floats<Panel, row_panels>(x, panel, size, values);
+                else if (n1 - n0 > 16 && n1 - n0 <= 32)
+                    panels_times_floats<Panel, 2>(x, panel, size, values);
                 else
                     for (int64_t n = 0; n < n1 - n0; n += 16)
                         panels_times_floats<Panel, 1>(x, panel + n / 16 * panel_bytes, size, values + n);

@@ -14,13 +14,12 @@
 #pragma once
 
 #include "irc/quantize.h"
+#include "irc/streams.h"
 
 IRC_BEGIN
 
 constexpr int64_t columns = 32;
-// Panels that one token passes at a time: as many streams of memory a thread. A single stream, however far ahead it is
-// prefetched, reaches half of what a core can read (13 against 25 GB/s where it was measured).
-constexpr int64_t row_panels = 4, row_columns = 16 * row_panels, row_ahead = 512;
+constexpr int64_t row_columns = 16 * row_panels;
 constexpr int64_t few_tokens = 16;
 // Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
 constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
@@ -116,12 +115,6 @@ IRC_INLINE void add_scaled(float* total, i32x16 sums, f32x16 scales) {
     store(total, fma(to_float(sums), scales, load(total)));
 }
 
-// How far ahead of `done` bytes of its panel a stream prefetches: behind the panel's end it goes on P panels further.
-template <int P>
-IRC_INLINE int64_t stream_ahead(int64_t done, int64_t ahead, int64_t panel_bytes) {
-    return ahead + (done + ahead < panel_bytes ? 0 : (P - 1) * panel_bytes);
-}
-
 // One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
 // a stream prefetches the panel that it reads next, that of the following block.
 template <class W, int P>
@@ -136,7 +129,7 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
     for (int p = 0; p < P; ++p) store(results + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
         if constexpr (W::one_segment) {
-            const int64_t next = stream_ahead<P>(g * group_bytes, ahead, panel_bytes);
+            const int64_t next = stream_ahead(P, g * group_bytes, ahead, panel_bytes);
             for (int p = 0; p < P; ++p) {
                 const uint8_t* block = panel + p * panel_bytes;
                 for (int64_t i = 0; i < group_bytes; i += 64) prefetch(block + next + i);
@@ -149,7 +142,7 @@ inline void panels_times_row(const uint8_t* panel, int64_t size, const int8_t* v
             for (int p = 0; p < P; ++p) sums[p] = zero_i32();
             for (int64_t k = 0; k < group; k += piece) {
                 const int64_t length = min_of(piece, group - k), done = k * 2 * W::bits;
-                const int64_t next = stream_ahead<P>(g * group_bytes + done, ahead, panel_bytes);
+                const int64_t next = stream_ahead(P, g * group_bytes + done, ahead, panel_bytes);
                 for (int p = 0; p < P; ++p) {
                     const uint8_t* block = panel + p * panel_bytes;
                     for (int64_t i = 0; i < length * 2 * W::bits; i += 64) prefetch(block + done + next + i);
@@ -179,7 +172,7 @@ IRC_INLINE void group_times_tile(const uint8_t* lines, const uint8_t* zeros, int
 }
 
 template <class W>
-inline void group_times_tile(int64_t height, const uint8_t* lines, const uint8_t* zeros, int64_t group, f32x16 scales,
+IRC_INLINE void group_times_tile(int64_t height, const uint8_t* lines, const uint8_t* zeros, int64_t group, f32x16 scales,
                              const int8_t* values, const int32_t* seeds, float* totals, int64_t stride) {
     switch (height) {
 #define IRC_HEIGHT(H) \
@@ -229,17 +222,19 @@ struct TileBlock {
     }
 };
 
-// A block of tiles against `panels` neighbouring panels, in turn for each group: sets the block's totals.
+// A block of tiles against `panels` neighbouring panels, in turn for each group: sets the block's totals. Not inlined:
+// called from two places, its parts would otherwise become calls themselves, which cost a quarter of the speed.
 template <class W>
-inline void panels_times_tiles(const uint8_t* panel, int64_t panels, int64_t size, const TileBlock& block) {
+__attribute__((noinline)) void panels_times_tiles(const uint8_t* panel, int64_t panels, int64_t size, const TileBlock& block) {
     const int64_t group = W::group(size), groups = W::groups(size), segments = W::segments_of_group(size);
     const int64_t line_bytes = W::line_bytes(size), group_bytes = W::group_bytes(size), panel_bytes = W::panel_bytes(size);
     for (int64_t m = 0; m < block.num_rows; ++m)
         for (int64_t p = 0; p < panels; ++p) store(block.totals + m * block.stride + 16 * p, zero());
     for (int64_t g = 0; g < groups; ++g) {
+        const int64_t next = stream_ahead(panels, g * group_bytes, row_ahead, panel_bytes);
         for (int64_t p = 0; p < panels; ++p) {
             const uint8_t* lines = panel + p * panel_bytes;
-            for (int64_t i = 0; i < min_of(group_bytes, row_ahead); i += 64) prefetch(lines + row_ahead + i);
+            for (int64_t i = 0; i < min_of(group_bytes, row_ahead); i += 64) prefetch(lines + next + i);
             const f32x16 scales = W::scales(lines + line_bytes);
             for (int64_t t = 0; t < block.count; ++t) {
                 const TilePlace& tile = block.places[t];
@@ -332,35 +327,34 @@ inline void quantized_product(Worker& worker, const uint8_t* packed, int64_t num
         });
         return;
     }
-    // Few tokens: memory sets the pace, so as many streams as for one. Many: totals that stay in the first-level cache.
-    const int64_t width = num_rows <= few_tokens ? row_columns : columns, blocks = ceil_div(num_columns, width);
     const Tiles tiles(num_rows);
-    const int64_t most_tiles = max_of(1, min_of(most_rows, activations_cache / W::depth(size)) / tile_height);
+    const int64_t depth = W::depth(size), segments = W::segments(size);
+    // Few tokens: memory sets the pace, so as many streams as for one. Many: totals that stay in the first-level cache.
+    if (num_rows <= few_tokens) {
+        for_blocks(worker, ceil_div(num_columns, columns), row_columns / columns, [&](int64_t first, int64_t last) {
+            alignas(64) float totals[few_tokens * row_columns];
+            const TileBlock place(tiles, 0, tiles.count, rows, depth, segments, totals, row_columns);
+            tile_block<W>(packed, first * columns, min_of(num_columns, last * columns), size, rows, place, epilogue);
+        });
+        return;
+    }
+    const int64_t blocks = ceil_div(num_columns, columns);
+    const int64_t most_tiles = max_of(1, min_of(most_rows, activations_cache / depth) / tile_height);
     const int64_t row_blocks = ceil_div(tiles.count, most_tiles);
     for_chunks(worker, row_blocks * blocks, [&](int64_t chunk) {
-        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * width;
+        const int64_t row_block = chunk / blocks, n0 = chunk % blocks * columns;
         const int64_t first = tiles.count * row_block / row_blocks, last = tiles.count * (row_block + 1) / row_blocks;
         alignas(64) float totals[most_rows * columns];
-        const TileBlock place(tiles, first, last, rows, W::depth(size), W::segments(size), totals, width);
-        tile_block<W>(packed, n0, min_of(num_columns, n0 + width), size, rows, place, epilogue);
+        const TileBlock place(tiles, first, last, rows, depth, segments, totals, columns);
+        tile_block<W>(packed, n0, min_of(num_columns, n0 + columns), size, rows, place, epilogue);
     });
-}
-
-// The start of this worker's share for one token: the lines that the streams of its first block read before their own
-// prefetches arrive. Asked for ahead of the quantization, they are there behind it.
-template <class W>
-inline void prefetch_share(const Worker& worker, const uint8_t* packed, int64_t num_columns, int64_t size) {
-    const int64_t first = ceil_div(num_columns, columns) * worker.index / worker.count * columns / 16;
-    const int64_t panels = min_of(row_panels, ceil_div(num_columns, 16) - first), panel_bytes = W::panel_bytes(size);
-    for (int64_t i = 0; i < min_of(row_ahead, panel_bytes); i += 64)
-        for (int64_t p = 0; p < panels; ++p) prefetch(packed + (first + p) * panel_bytes + i);
 }
 
 // Quantizes x and multiplies. All workers call it; results are complete after the next barrier.
 template <class W, class Input, class Epilogue>
 inline void quantized_matmul(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
                              int64_t num_columns, int64_t size, uint8_t* scratch, Epilogue&& epilogue) {
-    if (num_rows == 1) prefetch_share<W>(worker, packed, num_columns, size);
+    if (num_rows == 1) prefetch_share(worker, packed, num_columns, columns, W::panel_bytes(size));
     quantize_activations<W>(worker, x, stride, num_rows, size, scratch);
     quantized_product<W>(worker, packed, num_rows, num_columns, size, scratch, epilogue);
 }

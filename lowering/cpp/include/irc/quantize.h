@@ -120,16 +120,23 @@ IRC_INLINE __m256i lane_sums(const __m256i (&v)[8]) {
                             _mm256_permute2x128_si256(fours[0], fours[1], 0x31));
 }
 
-// The first multiple of 8 segments of a row that is alone in its tile; the number of segments done.
+// A row's segments as far as they come in eights, into its place in a tile; the number of segments done.
 template <Seeds kind, class Input>
-IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 divisor, int32_t factor, int8_t* values,
-                                     int32_t* seeds) {
+IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 divisor, int32_t factor, int64_t height,
+                                     int8_t* values, int32_t* seeds) {
     const int64_t segments = size / segment_size / 8 * 8;
     for (int64_t s = 0; s < segments; s += 8) {
         __m256i sums[8];
         for (int i = 0; i < 8; ++i) {
             const __m256i bytes = rounded_32(x + (s + i) * segment_size, divisor);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + (s + i) * segment_size), bytes);
+            int8_t* to = values + (s + i) * segment_size * height;
+            if (height == 1) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+            } else {
+                alignas(32) int32_t fours[8];
+                _mm256_store_si256(reinterpret_cast<__m256i*>(fours), bytes);
+                for (int j = 0; j < 8; ++j) std::memcpy(to + 4 * j * height, fours + j, 4);
+            }
             if constexpr (kind != Seeds::none) sums[i] = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
         }
         if constexpr (kind == Seeds::none) continue;
@@ -139,7 +146,9 @@ IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 diviso
         } else {
             made = _mm256_mullo_epi32(_mm256_madd_epi16(made, _mm256_set1_epi16(1)), _mm256_set1_epi32(factor));
         }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(seeds + s), made);
+        alignas(32) int32_t eight[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(eight), made);
+        for (int i = 0; i < 8; ++i) seeds[(s + i) * height] = eight[i];
     }
     return segments;
 }
@@ -157,8 +166,8 @@ inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t g
     const int64_t step = group % segment_size == 0 ? segment_size : group;
     int64_t segment_index = 0;
 #if defined(IRC_AVX2)
-    if (height == 1 && step == segment_size)
-        segment_index = quantize_segments<kind>(x, size, divisor, factor, values, seeds);
+    if (step == segment_size)
+        segment_index = quantize_segments<kind>(x, size, divisor, factor, height, values, seeds);
 #endif
     for (int64_t start = segment_index * segment_size; start < depth; start += step) {
         for (int64_t k = start; k < start + step; k += segment_size) {
