@@ -204,7 +204,7 @@ def test_quantized_steps(weights: str) -> None:
     dynamic = "" if "f8" in weights else "quantize-activations{mode=dynamic},"
     program = steps.step(f"quantize-weights{{{weights}}},{dynamic}insert-kv-cache{{max-length=32}}")
     artifact = CPU.lower(program, QUICK)
-    kind = "float_matmul" if "f8" in weights else "quantized_matmul"
+    kind = "float_linear" if "f8" in weights else "quantized_matmul"
     assert artifact.source.count(f"irc::{kind}<") > 0  # type: ignore[attr-defined]
     check = artifact.verify(program)
     assert check.passed, str(check)

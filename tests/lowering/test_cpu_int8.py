@@ -22,7 +22,7 @@ from irc.lowering.kernels.sites import TemplateCall
 
 CPU = get_target("cpu")
 QUICK = {"threads": 2, "flags": ("-O1",)}
-PASSES = "fold-conv-batch-norm,quantize-weights{bits=8,group-size=none,include-convolutions=true},quantize-activations"
+PASSES = "fold-conv-batch-norm,quantize-weights{bits=%d,group-size=none,include-convolutions=true},quantize-activations"
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler (g++ or clang++)")
 
 
@@ -48,12 +48,12 @@ class Block(nn.Module):
 
 
 @functools.cache
-def quantized() -> tuple[Program, Tensor]:
+def quantized(bits: int = 8) -> tuple[Program, Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 3, 37, 30)
     program = capture(Block().eval(), (x,), name="block", dynamic=({0: "B"},))
     ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
-    return irc.PassManager(PASSES, verify="off", ctx=ctx).run(program).program, x
+    return irc.PassManager(PASSES % bits, verify="off", ctx=ctx).run(program).program, x
 
 
 def _kinds(program: Program) -> list[str]:
@@ -67,9 +67,9 @@ def test_layers_over_integers_run_as_integers() -> None:
     assert sorted(_kinds(quantized()[0])) == ["conv2d", *["int8_product"] * 6, "max_pool2d"]
 
 
-@pytest.mark.parametrize("isa", [None, "plain"])
-def test_same_numbers_as_the_reference(isa: str | None) -> None:
-    program, x = quantized()
+@pytest.mark.parametrize(("isa", "bits"), [(None, 8), (None, 7), ("plain", 8)])
+def test_same_numbers_as_the_reference(isa: str | None, bits: int) -> None:
+    program, x = quantized(bits)
     artifact = CPU.lower(program, {"isa": isa, **QUICK})
     for given in (x, torch.randn(3, 3, 37, 30)):
         (wanted,), (found,) = program.run(given), artifact.run(given)

@@ -1,9 +1,9 @@
 """Weights stored as floats (f32, bf16, f16, 8-bit floats with a scale a row) × activations in f32 or halves, f32 sums.
 
-`irc/fmatmul.h` has the layout, the order of the sums and the bound on their error. On AVX-512 bf16 activations meet
-bf16 weights in vdpbf16ps; everywhere else both are widened to f32 first.
+`irc/fmatmul.h` has the layout, the order of the sums and the bound on their error; `irc/linear.h` chooses a kernel. On
+AVX-512 bf16 activations meet bf16 weights in vdpbf16ps; everywhere else both are widened to f32 first.
 
-`epilogue(m, n0, n1, values)` gets y[m, n0:n1] as f32 with n0 a multiple of 32.
+`epilogue(m, n0, n1, values)` gets y[m, n0:n1] as f32, at most 128 columns, with n0 a multiple of 32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from irc.core import formats
 from irc.core.errors import OptionError, ParseError, TargetError
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, by_panel, pad_to, wrong_shape
 
-INCLUDES = ("irc/fmatmul.h",)
+INCLUDES = ("irc/linear.h",)
 _PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -95,6 +95,6 @@ def call(problem: MatmulProblem, args: Mapping[str, str], epilogue: str) -> str:
     stored = problem.weight.split(".", 1)[0]
     weight_type = C_TYPES.get(stored) or f"irc::{stored}"
     return (
-        f"irc::float_matmul<{weight_type}>({args['worker']}, {args['x']}, {args['stride']}, {args['packed']},"
+        f"irc::float_linear<{weight_type}>({args['worker']}, {args['x']}, {args['stride']}, {args['packed']},"
         f" {problem.rows}, {problem.columns}, {problem.depth}, {args['scratch']}, {epilogue});\n"
     )
