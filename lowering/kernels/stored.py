@@ -120,8 +120,14 @@ class Demand:
     def _cheap(self, node: fx.Node) -> bool:
         """Computing it again costs about as much as a load."""
         probe = Definer(self.program)
-        for used in node.all_input_nodes:
-            if isinstance(used.meta.get(VAL), Tensor):
+        waiting = list(node.all_input_nodes)
+        while waiting:
+            used = waiting.pop()
+            if not is_tensor(used):
+                continue
+            if used.op == "call_function" and used not in self.stored:
+                waiting += used.all_input_nodes  # computed again with it
+            else:
                 probe.give_buffer(used, Buffer(used.name, probe.dtype(used), probe.shape(used),
                                                row_major(probe.shape(used)), "temporary"))  # fmt: skip
         parts = list(walk(probe.value(node, self.definer.axes(node, ".probe")[0])))

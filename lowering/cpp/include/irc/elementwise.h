@@ -68,11 +68,11 @@ IRC_INLINE Integer whole(Float x) {
 
 template <class T>
 IRC_INLINE T maximum(T a, T b) {
-    return a > b || a != a ? a : b;
+    return (a > b) | (a != a) ? a : b;  // no branch, so that loops run in lanes
 }
 template <class T>
 IRC_INLINE T minimum(T a, T b) {
-    return a < b || a != a ? a : b;
+    return (a < b) | (a != a) ? a : b;
 }
 
 IRC_INLINE int64_t floor_div(int64_t a, int64_t b) {
@@ -119,9 +119,13 @@ IRC_INLINE T sign(T x) {
 
 // Nearest whole number, ties to even, for any float.
 IRC_INLINE float round_even(float x) {
+#if defined(IRC_PLAIN)
     const float magic = 12582912.0f;  // 1.5 · 2^23
     const float near = (x + magic) - magic;
     return absolute(x) < 4194304.0f ? near : std::nearbyint(x);
+#else
+    return std::rint(x);  // one instruction, in lanes too
+#endif
 }
 IRC_INLINE double round_even(double x) { return std::nearbyint(x); }
 
