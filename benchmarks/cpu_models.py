@@ -105,7 +105,9 @@ class Engines:
         with tempfile.TemporaryDirectory(prefix="irc-models-") as scratch:
             path = Path(scratch) / "model.onnx"
             if {"onnxruntime", "openvino"} - set(args.without):
-                torch.onnx.export(model, (x,), str(path), dynamo=True, opset_version=18, verbose=False)
+                torch.onnx.export(
+                    model, (x,), str(path), dynamo=True, opset_version=18, verbose=False, external_data=False
+                )
             if "onnxruntime" not in args.without and kind != "bf16":
                 self._onnx_runtime(path, x)
             if "openvino" not in args.without and args.openvino_python:
