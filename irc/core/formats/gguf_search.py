@@ -16,12 +16,13 @@ Source: what make_qkx2_quants, make_qkx3_quants, make_qp_quants, make_qx_quants 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _TINY = 1e-15  # below it llama.cpp takes a group for zeros
 _TRIES = 5  # rounds of moving single integers
@@ -233,9 +234,16 @@ def _move_single(
             better &= (rest_qq > 0) if both_positive else (new_qq > 0)
             rows[index] = torch.where(better, moved, old)
             sum_xq, sum_qq = torch.where(better, new_xq, sum_xq), torch.where(better, new_qq, sum_qq)
-        if all(torch.equal(one, other) for one, other in zip(before, rows, strict=True)):
+        if _are_same(before, rows):
             break
     return torch.where(sum_qq > 0, sum_xq / sum_qq, 0), torch.stack(rows)
+
+
+def _are_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether nothing moved, so that a further round would not either; of tensors without numbers nobody knows."""
+    if any(isinstance(one, FakeTensor) or one.device.type == "meta" for one in after):
+        return False
+    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 # ------------------------------------------------------------------ integers around 0
