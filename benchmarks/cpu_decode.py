@@ -16,7 +16,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +142,8 @@ def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> di
 def spread(values: list[float]) -> list[float]:
     """[median, 10th, 90th percentile]."""
     ordered = sorted(values)
-    pick: Callable[[float], float] = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
-    return [round(statistics.median(values), 3), round(pick(0.1), 3), round(pick(0.9), 3)]
+    low, high = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.1, 0.9))
+    return [round(statistics.median(values), 3), round(low, 3), round(high, 3)]
 
 
 def show(result: dict[str, Any]) -> None:
