@@ -107,39 +107,14 @@ struct ByteTile {
 };
 
 template <class Tile>
-inline void tile_of(int64_t height, const typename Tile::Row* x, const uint8_t* panel, int64_t length, int32_t* totals) {
-    switch (height) {
-#define IRC_HEIGHT(H) \
-    case H: Tile::template add<H>(x, panel, length, totals); break
-        IRC_HEIGHT(1);
-        IRC_HEIGHT(2);
-        IRC_HEIGHT(3);
-        IRC_HEIGHT(4);
-#if !defined(IRC_PLAIN)
-        IRC_HEIGHT(5);
-        IRC_HEIGHT(6);
-#endif
-#if defined(IRC_AVX512)
-        IRC_HEIGHT(7);
-        IRC_HEIGHT(8);
-        IRC_HEIGHT(9);
-        IRC_HEIGHT(10);
-        IRC_HEIGHT(11);
-        IRC_HEIGHT(12);
-        IRC_HEIGHT(13);
-        IRC_HEIGHT(14);
-#endif
-#undef IRC_HEIGHT
-    }
-}
-
-template <class Tile>
 inline void tiles_of(int64_t count, const typename Tile::Row* rows, const uint8_t* panel, int64_t length,
                      int32_t* totals) {
     const int64_t tiles = ceil_div(count, gemm_height);
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = count * tile / tiles, height = count * (tile + 1) / tiles - first;
-        tile_of<Tile>(height, rows + first * conv_stride, panel, length, totals + first * gemm_columns);
+        with_height<gemm_height>(height, [&](auto h) {
+            Tile::template add<decltype(h)::value>(rows + first * conv_stride, panel, length, totals + first * gemm_columns);
+        });
     }
 }
 

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "irc/f32x16.h"
+#include "irc/heights.h"
 #include "irc/pool.h"
 #include "irc/streams.h"
 
@@ -150,29 +151,9 @@ inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64
 template <class Panel, int P, class Input>
 inline void gemm_tile(int64_t height, const Input* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
                       int64_t length, float* totals) {
-    switch (height) {
-#define IRC_HEIGHT(H) \
-    case H: gemm_tile<Panel, H, P>(x, stride, panel, panel_bytes, length, totals); break
-        IRC_HEIGHT(1);
-        IRC_HEIGHT(2);
-        IRC_HEIGHT(3);
-        IRC_HEIGHT(4);
-#if !defined(IRC_PLAIN)
-        IRC_HEIGHT(5);
-        IRC_HEIGHT(6);
-#endif
-#if defined(IRC_AVX512)
-        IRC_HEIGHT(7);
-        IRC_HEIGHT(8);
-        IRC_HEIGHT(9);
-        IRC_HEIGHT(10);
-        IRC_HEIGHT(11);
-        IRC_HEIGHT(12);
-        IRC_HEIGHT(13);
-        IRC_HEIGHT(14);
-#endif
-#undef IRC_HEIGHT
-    }
+    with_height<gemm_height>(height, [&](auto h) {
+        gemm_tile<Panel, decltype(h)::value, P>(x, stride, panel, panel_bytes, length, totals);
+    });
 }
 
 // Rows of a block for a range of k, close together: rows a power of two apart would share a few sets of the caches.

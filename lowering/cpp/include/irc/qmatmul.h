@@ -13,6 +13,7 @@
 // n1 - n0 = 32 but for the last, each exactly once, from any worker.
 #pragma once
 
+#include "irc/heights.h"
 #include "irc/quantize.h"
 #include "irc/streams.h"
 
@@ -174,25 +175,9 @@ IRC_INLINE void group_times_tile(const uint8_t* lines, const uint8_t* zeros, int
 template <class W>
 IRC_INLINE void group_times_tile(int64_t height, const uint8_t* lines, const uint8_t* zeros, int64_t group, f32x16 scales,
                              const int8_t* values, const int32_t* seeds, float* totals, int64_t stride) {
-    switch (height) {
-#define IRC_HEIGHT(H) \
-    case H: group_times_tile<W, H>(lines, zeros, group, scales, values, seeds, totals, stride); break
-        IRC_HEIGHT(1);
-        IRC_HEIGHT(2);
-        IRC_HEIGHT(3);
-        IRC_HEIGHT(4);
-        IRC_HEIGHT(5);
-        IRC_HEIGHT(6);
-#if defined(IRC_AVX512)
-        IRC_HEIGHT(7);
-        IRC_HEIGHT(8);
-        IRC_HEIGHT(9);
-        IRC_HEIGHT(10);
-        IRC_HEIGHT(11);
-        IRC_HEIGHT(12);
-#endif
-#undef IRC_HEIGHT
-    }
+    with_height<tile_height>(height, [&](auto h) __attribute__((always_inline)) {
+        group_times_tile<W, decltype(h)::value>(lines, zeros, group, scales, values, seeds, totals, stride);
+    });
 }
 
 // Where one tile of a block lies, worked out once for all panels.
