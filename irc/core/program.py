@@ -227,6 +227,7 @@ class Program:
             if VAL not in node.meta:
                 raise VerificationError(f"input {node.name} of program {self.name} has no type")
             return node.meta[VAL]
+        known: Any
         if node.op == "get_attr":
             tensor, known = self.weight(node), node.meta.get(VAL)
             same = isinstance(known, Tensor) and known.shape == tensor.shape and known.dtype == tensor.dtype
@@ -234,6 +235,15 @@ class Program:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "output":
             return args[0]
+        memo = typed.TypeMemo.of(self.fake_mode)
+        key = memo.key(node.target, args, kwargs)
+        known = memo.get(key)
+        if known is None:
+            known = self._compute_type(node, args, kwargs)
+            memo.keep(key, args, kwargs, known)
+        return known
+
+    def _compute_type(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         definition = find_op(node.target)
         try:
             # PyTorch's shape functions in Python keep symbolic sizes where some of those in C++ fix them.
