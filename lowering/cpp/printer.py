@@ -75,9 +75,10 @@ class _Printer:
         return tuple(s for s in self.kernel.sizes if s not in self.names)
 
     def epilogue(self, ahead: str) -> PrintedEpilogue:
-        """The epilogue. Its pointers, and what no index leads to, are copied into locals: what a lambda captures lies in
-        memory, and after each byte written to a tensor a compiler has to expect other values there, which keeps it from
-        using lanes.
+        """The epilogue, whose pointers, and what no index leads to, are copied into locals.
+
+        What a lambda captures lies in memory, and after each byte written to a tensor a compiler has to expect other
+        values there, which keeps it from using lanes.
         """
         kernel, out = self.kernel, Lines(2)
         local = {buffer: f"{name}_here" for buffer, name in self.pointers.items()}
