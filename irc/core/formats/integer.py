@@ -143,7 +143,8 @@ class QuantFormat(ScaledFormat):
         values = by_group(self.unpack(stored), scale)
         if zero_point is not None:
             values = values - zero_point.unsqueeze(-1).to(values.dtype)
-        return (values.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        # By way of f32, which holds these integers exactly: PyTorch's conversion from i16 to f16 is slow.
+        return (values.float().to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
     def pack(self, values: Tensor) -> Tensor:
         """Integers → storage."""
