@@ -79,7 +79,7 @@ def worst_group(
         original = weight[block].detach().float()
         zeros = None if zero_point is None else zero_point[block]
         restored = torch.ops.irc.dequantize(stored[block], scale[block], zeros, format=str(chosen), dtype=dtype)
-        error = (original - restored.float()).unflatten(-1, (num_groups, -1)).abs().amax(-1)
+        error = restored.float().sub_(original).abs_().unflatten(-1, (num_groups, -1)).amax(-1)
         steps = error / _natural_step(original, chosen, num_groups)
         value, index = steps.flatten().nan_to_num(nan=torch.inf).max(0)
         if float(value) > 0.5 + slack and (worst is None or float(value) > worst[0]):
