@@ -13,7 +13,8 @@ from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
 
-# (problem, height, width): one pixel, rows longer and shorter than a panel, more places and channels than a block.
+# (problem, height, width): one pixel, rows longer and shorter than a panel, more places and channels than a block, rows
+# read where they lie and gathered.
 CASES = (
     (ConvProblem(channels=3, out_channels=20, kernel=(7, 7), stride=(2, 2), padding=(3, 3)), 21, 30),
     (ConvProblem(channels=40, out_channels=13, kernel=(3, 3), padding=(1, 1)), 18, 37),
@@ -33,6 +34,8 @@ CASES = (
     (ConvProblem(channels=8, out_channels=16, kernel=(1, 1), padding=(1, 0), groups=8), 5, 6),
     (ConvProblem(channels=33, out_channels=40, kernel=(3, 5), padding=(3, 4), activation="bf16", weight="bf16"), 6, 5),
     (ConvProblem(channels=20, out_channels=20, kernel=(3, 3), groups=20, activation="f16", weight="f16"), 8, 8),
+    (ConvProblem(channels=600, out_channels=70, kernel=(2, 2), padding=(1, 1)), 4, 5),
+    (ConvProblem(channels=34, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
 )
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -19,6 +19,8 @@ from irc.lowering.cpp.templates import float_matmul
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, pad_to, wrong_shape
 
 INCLUDES = ("irc/conv.h",)
+# Rows between two calls of the epilogue for the same columns: a tile, as C++ text.
+ROWS_AHEAD = "irc::gemm_height"
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 

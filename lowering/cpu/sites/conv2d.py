@@ -10,7 +10,7 @@ from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import conv2d as template
 from irc.lowering.cpp.templates.base import C_TYPES
-from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpp.templates.conv2d import ROWS_AHEAD, ConvProblem
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments
 from irc.lowering.cpu.sites._linear import constant, function, matmul_body
@@ -41,7 +41,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     name = f"{layer.weight.target} as panels of {problem.groups} groups"
     if name not in weights.offsets:
         weights.add(name, template.pack(problem, program.weight(layer.weight).detach()))
-    epilogue = print_epilogue(call.epilogue)
+    epilogue = print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
     sizes: set[sympy.Symbol] = set()
     args = {"worker": "worker", "x": "x", "packed": "packed", **conv_arguments(definer, call, sizes)}
     return function(

@@ -22,7 +22,7 @@ from irc.lowering.cpp.expressions import size_text
 from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import int8_conv2d as template
-from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpp.templates.conv2d import ROWS_AHEAD, ConvProblem
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments
 from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of
@@ -155,7 +155,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         sizes |= set(rows.free_symbols)
         args |= dict.fromkeys(("height", "width", "out_height", "out_width"), "1")
         args["batch"] = f"int64_t({size_text(rows, {})})"
-    epilogue = print_epilogue(call.epilogue)
+    epilogue = print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
     return function(
         call, (f"const {_C_TYPES[problem.activation]}* x", "const uint8_t* packed"),
         (call.reads[0], f"arguments.weights + {weights.offsets[name]}"),
