@@ -160,27 +160,28 @@ def structural_hash(program: Program, weight: Callable[[Tensor], str] = content_
 
 
 class Structure:
-    """What a program is, to be compared with another; weights are read only where nothing else decides.
+    """What a program was when this was made, for comparisons that read weights only if nothing else decides.
 
     Reading the weights of a large model takes seconds. Programs over the very same tensors differ just where their
     operations do, and programs that differ where weights of one type are all taken for equal differ in any case.
-    The program and its weights must not be changed meanwhile.
     """
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._known: dict[Callable[[Tensor], str], str] = {}
+        self._over_tensors = structural_hash(program, _identity)
+        self._over_types = structural_hash(program, _nothing)
 
     def same_as(self, other: Structure) -> bool:
-        """Whether both have the same structural hash."""
-        if self._hash(_identity) == other._hash(_identity):
+        """Whether both have the same structural hash. Weights must not have been written into."""
+        if self._over_tensors == other._over_tensors:
             return True
-        return all(self._hash(weight) == other._hash(weight) for weight in (_nothing, content_hash))
+        if self._over_types != other._over_types or not (self._is_current() and other._is_current()):
+            return False
+        return structural_hash(self._program) == structural_hash(other._program)
 
-    def _hash(self, weight: Callable[[Tensor], str]) -> str:
-        if weight not in self._known:
-            self._known[weight] = structural_hash(self._program, weight)
-        return self._known[weight]
+    def _is_current(self) -> bool:
+        """Whether the program is still what it was."""
+        return structural_hash(self._program, _identity) == self._over_tensors
 
 
 def _identity(tensor: Tensor) -> str:
