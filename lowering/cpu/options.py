@@ -23,6 +23,9 @@ class CpuOptions:
             program multiplies with floats (a scale a token; an approximation, and said so in the notes).
         profile: measure what each kernel of a step takes (`CpuArtifact.kernel_times`), at the price of a barrier.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
+        printed: kinds of templates that are not used, their operations printed instead.
+        share: innermost iterations of a printed kernel that a thread takes at least; None: some thousands.
+        private_rows: with one token, kernels of one row are computed by every thread for itself, which saves barriers.
     """
 
     isa: str | None = None
@@ -32,6 +35,9 @@ class CpuOptions:
     activations: Literal["program", "int8"] = "program"
     templates: bool = True
     profile: bool = False
+    printed: Sequence[str] = ()
+    share: int | None = None
+    private_rows: bool = True
 
     def __post_init__(self) -> None:
         for isa in (*([self.isa] if self.isa is not None else []), *self.save_isas):
@@ -39,5 +45,7 @@ class CpuOptions:
                 raise OptionError(f"no instruction set is called {isa!r}{nearest(isa, ISA_FLAGS)}")
         if self.activations not in ("program", "int8"):
             raise OptionError(f"activations must be program or int8, not {self.activations!r}")
+        if self.share is not None and self.share < 1:
+            raise OptionError(f"share must be positive, not {self.share}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads must be positive, not {self.threads}")
