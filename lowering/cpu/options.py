@@ -22,6 +22,8 @@ class CpuOptions:
         activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the
             program multiplies with floats (a scale a token; an approximation, and said so in the notes).
         profile: measure what each kernel of a step takes (`CpuArtifact.kernel_times`), at the price of a barrier.
+        winograd: f32 convolutions of 3 x 3 by F(2 x 2, 3 x 3), which may lose digits where neighbouring pixels differ
+            by orders of magnitude (irc/winograd.h has the bound); without, by plain sums.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
         printed: kinds of templates that are not used, their operations printed instead.
         share: innermost iterations of a printed kernel that a thread takes at least; None: some thousands.
@@ -33,6 +35,7 @@ class CpuOptions:
     flags: Sequence[str] = ()
     save_isas: Sequence[str] = ()
     activations: Literal["program", "int8"] = "program"
+    winograd: bool = True
     templates: bool = True
     profile: bool = False
     printed: Sequence[str] = ()
