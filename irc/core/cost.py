@@ -6,7 +6,8 @@ nothing were fused or cached; views move nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import sympy
@@ -18,6 +19,7 @@ from irc.core.dims import dim_symbol
 from irc.core.errors import IrcError
 from irc.core.ops.registry import find_op
 from irc.core.program import VAL, Program, is_size
+from irc.core.typed import TypeMemo
 
 Shape = tuple[sympy.Expr, ...]
 Arguments = Mapping[str, Any]
@@ -74,7 +76,21 @@ def node_bytes(program: Program, node: fx.Node) -> sympy.Expr:
 
 def program_flops(program: Program) -> sympy.Expr:
     """Operations of the whole program."""
-    return sympy.Add(*(node_flops(program, node) for node in program.graph.nodes))
+    memo = TypeMemo.of(program.fake_mode)
+    known: dict[Hashable, sympy.Expr] = {}  # the layers of a model are alike: by operator, constants and types
+    counts: Counter[sympy.Expr] = Counter()
+    for node in program.graph.nodes:
+        key = None
+        if node.op == "call_function" and all(VAL in used.meta for used in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: used.meta[VAL])
+            key = memo.key(node.target, args, kwargs)
+        flops = known.get(key) if key is not None else None
+        if flops is None:
+            flops = node_flops(program, node)
+            if key is not None:
+                known[key] = flops
+        counts[flops] += 1
+    return sympy.Add(*(times * flops for flops, times in counts.items()))
 
 
 def program_bytes(program: Program) -> sympy.Expr:

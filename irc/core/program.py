@@ -21,6 +21,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from irc.core import typed
+from irc.core.carrier import attach, build_graph_module, has_attr, look_up
 from irc.core.dims import Dim, Size, size_expr
 from irc.core.errors import IrcError, VerificationError
 from irc.core.evaluate import evaluate
@@ -122,7 +123,7 @@ class Program:
         """Tensor of a `get_attr` node or of a weight name."""
         target = str(node_or_name.target) if isinstance(node_or_name, fx.Node) else node_or_name
         try:
-            value = _look_up(self.graph_module, target)
+            value = look_up(self.graph_module, target)
         except AttributeError:
             raise VerificationError(f"program {self.name} has no weight {target!r}") from None
         if not isinstance(value, Tensor):
@@ -135,9 +136,9 @@ class Program:
         Existing weights are never overwritten: another stage may share them.
         """
         chosen, count = name, 1
-        while _has_attr(self.graph_module, chosen):
+        while has_attr(self.graph_module, chosen):
             chosen, count = f"{name}_{count}", count + 1
-        _attach(self.graph_module, chosen, tensor)
+        attach(self.graph_module, chosen, tensor)
         return chosen
 
     def weight_node(self, name: str, tensor: Tensor, *, before: fx.Node) -> fx.Node:
@@ -227,6 +228,7 @@ class Program:
             if VAL not in node.meta:
                 raise VerificationError(f"input {node.name} of program {self.name} has no type")
             return node.meta[VAL]
+        known: Any
         if node.op == "get_attr":
             tensor, known = self.weight(node), node.meta.get(VAL)
             same = isinstance(known, Tensor) and known.shape == tensor.shape and known.dtype == tensor.dtype
@@ -234,6 +236,15 @@ class Program:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "output":
             return args[0]
+        memo = typed.TypeMemo.of(self.fake_mode)
+        key = memo.key(node.target, args, kwargs)
+        known = memo.get(key)
+        if known is None:
+            known = self._compute_type(node, args, kwargs)
+            memo.keep(key, args, kwargs, known)
+        return known
+
+    def _compute_type(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         definition = find_op(node.target)
         try:
             # PyTorch's shape functions in Python keep symbolic sizes where some of those in C++ fix them.
@@ -389,21 +400,6 @@ class ProgramModule(nn.Module):
         return program.unflatten(evaluate(program.graph, lambda node: weights[str(node.target)], inputs))
 
 
-def build_graph_module(graph: fx.Graph, weights: Mapping[str, Tensor], name: str) -> fx.GraphModule:
-    """A GraphModule over a graph whose `get_attr` targets are the given weights."""
-    root = nn.Module()
-    for target, tensor in weights.items():
-        _attach(root, target, tensor)
-    safe = "".join(c if c.isalnum() else "_" for c in name) or "Program"
-    if graph.find_nodes(op="output"):
-        return fx.GraphModule(root, graph, class_name=safe)
-    # A graph still to be filled: PyTorch writes a function without a body for one that holds inputs only.
-    end = graph.create_node("output", "output", (None,), name="unfinished")
-    module = fx.GraphModule(root, graph, class_name=safe)
-    graph.erase_node(end)
-    return module
-
-
 def is_size(node: fx.Node) -> bool:
     """True for a node whose value is a size (symbolic integer, float or bool), not a tensor."""
     return isinstance(node.meta.get(VAL), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
@@ -434,34 +430,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_from_name(name: str) -> torch.dtype:
     """Inverse of `dtype_name`; KeyError if unknown."""
     return {short: dtype for dtype, short in _DTYPE_NAMES.items()}[name]
-
-
-def _attach(module: nn.Module, target: str, tensor: Tensor) -> None:
-    """Register a tensor under a dotted name, as parameter if it is one, else as buffer."""
-    *path, leaf = target.split(".")
-    for step in path:
-        if not hasattr(module, step):
-            module.add_module(step, nn.Module())
-        module = getattr(module, step)
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
-
-
-def _look_up(module: nn.Module, target: str) -> Any:
-    found: Any = module
-    for step in target.split("."):
-        found = getattr(found, step)
-    return found
-
-
-def _has_attr(module: nn.Module, target: str) -> bool:
-    try:
-        _look_up(module, target)
-    except AttributeError:
-        return False
-    return True
 
 
 def _real_device(tensor: Tensor) -> torch.device:

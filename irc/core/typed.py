@@ -1,17 +1,20 @@
-"""Remember that a node's recorded type was computed, so that nobody computes it again.
+"""Remember types that were computed, so that nobody computes them again.
 
-PyTorch's shape functions take about a millisecond an operation, and every pass types and verifies the whole
-program. A type follows from the operator, the constants and the types of the inputs; where all of these are
-the very same objects as when it was computed, it still holds. Copies of a program share those objects.
+PyTorch's shape functions take milliseconds an operation, every pass types and verifies the whole program, and the
+layers of a model are alike. A type follows from the operator, the constants and the types of the inputs.
+Two memories use that: a node keeps what its type was computed from (`record`, `holds`: the very same objects
+as then, which copies of a program share), and `TypeMemo` gives what an operator gave for equal types elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 VAL = "val"
 _PROOF = "irc_typed"
@@ -66,3 +69,84 @@ def _identical(now: Any, then: Any) -> bool:
     if isinstance(now, dict):
         return isinstance(then, dict) and now.keys() == then.keys() and all(_identical(now[k], then[k]) for k in now)
     return now is then or (isinstance(now, _PLAIN) and type(now) is type(then) and now == then)
+
+
+class _NoKey(Exception):
+    """The result may depend on more than types."""
+
+
+class TypeMemo:
+    """What operators gave for types, by operator, constants and types; one for each fake mode.
+
+    An entry holds only while its result names no symbol that its inputs do not: sizes that depend on data are
+    new symbols at each call. Tensors are compared by everything that a shape function sees of them: element
+    type, device, sizes, strides and offset.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Any] = {}
+        self._numbers: dict[Hashable, int] = {}  # description of a tensor → its number
+        # By identity; the tensor is kept, so that no other gets its address.
+        self._tensors: dict[int, tuple[Tensor, int, frozenset[Any]]] = {}
+
+    @staticmethod
+    def of(fake_mode: FakeTensorMode) -> TypeMemo:
+        """The mode's own; it goes when the mode goes."""
+        return fake_mode.__dict__.setdefault("irc_type_memo", TypeMemo())
+
+    def key(self, target: Any, args: Any, kwargs: Any) -> Hashable | None:
+        """What a result is remembered by; None where it must be computed."""
+        if getattr(getattr(target, "_schema", None), "is_mutable", False):
+            return None
+        try:
+            return (target, self._key(args), self._key(kwargs))
+        except _NoKey:
+            return None
+
+    def get(self, key: Hashable | None) -> Any:
+        """A result that was kept, or None."""
+        return None if key is None else self._results.get(key)
+
+    def keep(self, key: Hashable | None, args: Any, kwargs: Any, result: Any) -> None:
+        """Remember a result, if it follows from the types."""
+        if key is None or result is None:
+            return
+        try:
+            if self._symbols(result) <= self._symbols((args, kwargs)):
+                self._results[key] = result
+        except _NoKey:
+            return
+
+    def _key(self, value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            return ("tensor", self._tensor(value)[1])
+        if isinstance(value, (tuple, list)):
+            return ("list", *[self._key(item) for item in value])
+        if isinstance(value, dict):
+            return ("dict", *[(name, self._key(item)) for name, item in value.items()])
+        if isinstance(value, _SYMBOLIC):
+            return (type(value), value.node.expr)
+        if value is None or isinstance(value, _PLAIN):
+            return (type(value), value)
+        raise _NoKey
+
+    def _symbols(self, value: Any) -> frozenset[Any]:
+        if isinstance(value, Tensor):
+            return self._tensor(value)[2]
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (tuple, list)):
+            return frozenset().union(*[self._symbols(item) for item in value])
+        return frozenset(value.node.expr.free_symbols) if isinstance(value, _SYMBOLIC) else frozenset()
+
+    def _tensor(self, tensor: Tensor) -> tuple[Tensor, int, frozenset[Any]]:
+        known = self._tensors.get(id(tensor))
+        if known is None:
+            # A fake that stands for a known number (`constant`) is more than its type.
+            if not isinstance(tensor, FakeTensor) or tensor.constant is not None or tensor.layout != torch.strided:
+                raise _NoKey
+            sizes = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+            described = (tensor.dtype, tensor.device, self._key(sizes), tensor.requires_grad, tensor.is_conj())
+            number = self._numbers.setdefault(described, len(self._numbers))
+            known = self._tensors[id(tensor)] = (tensor, number, self._symbols(sizes))
+        return known

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from irc.core.errors import CaptureError
-from irc.frontend import inplace
+from irc.frontend import expansion, inplace, repeats
 from irc.frontend.arranged import Arranged
 from irc.frontend.explain import explain
 from irc.frontend.frontends import leaf_names
@@ -42,16 +42,26 @@ def export(arranged: Arranged, model: nn.Module) -> tuple[ExportedProgram, list[
         if chosen:
             arranged.metadata.update(chosen)
         try:
-            exported = torch.export.export(
-                arranged.module,
-                arranged.args,
-                arranged.kwargs,
-                dynamic_shapes=_dynamic_shapes(arranged, pytree.tree_unflatten(shapes, spec)),
-                strict=False,
-            )
+            exported = _export(arranged, _dynamic_shapes(arranged, pytree.tree_unflatten(shapes, spec)))
         except Exception as error:
             raise explain(error, model, arranged.naming.prefix) from error
         return functionalize(exported), leaves
+
+
+def _export(arranged: Arranged, shapes: dict[str, Any]) -> ExportedProgram:
+    """Export, tracing blocks that are alike once where that is right, else all of them."""
+
+    def plain() -> ExportedProgram:
+        return torch.export.export(
+            arranged.module, arranged.args, arranged.kwargs, dynamic_shapes=shapes, strict=False
+        )  # fmt: skip
+
+    with contextlib.suppress(Exception), repeats.recorded(arranged.module) as found:
+        exported = plain()
+        right = expansion.expand(exported, found)
+        if right and (found.repeated == 0 or inplace.plan(exported.graph_module) is not None):
+            return exported
+    return plain()
 
 
 def _dynamic_shapes(arranged: Arranged, shapes: Any) -> dict[str, Any]:

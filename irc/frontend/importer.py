@@ -19,8 +19,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from irc.core import dims, provenance
+from irc.core.carrier import build_graph_module
 from irc.core.errors import CaptureError
-from irc.core.program import VAL, Program, build_graph_module
+from irc.core.program import VAL, Program
 from irc.frontend import inplace, provenance_reader
 from irc.frontend.naming import DimNamer
 

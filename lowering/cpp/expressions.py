@@ -95,8 +95,7 @@ def _select(value: Apply, args: list[str]) -> str:
 
 
 _SPECIAL: Mapping[str, Callable[[Apply, list[str]], str]] = {
-    # A float that is known to fit: without a check, which would keep the loop out of lanes.
-    "fitting": lambda value, args: f"{REGISTER_TYPES[value.dtype]}({args[0]})",
+    "bounded": lambda value, args: f"irc::scalar::bounded({', '.join(args)})",
     "convert": _convert,
     "where": _select,
     "guard": _select,

@@ -181,6 +181,10 @@ class Body:
         text = self.expression(value)
         return text if bare(value) or value in self._everything_known() else self._name(value, text)
 
+    def name(self, value: Value) -> None:
+        """Gives a value a name here, which inner blocks use."""
+        self._name(value, self._text(value))
+
     def _name(self, value: Value, text: str, *, remember: bool = True) -> str:
         name = f"v{self.counter[0]}"
         self.counter[0] += 1

@@ -22,7 +22,12 @@ class CpuOptions:
         activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the
             program multiplies with floats (a scale a token; an approximation, and said so in the notes).
         profile: measure what each kernel of a step takes (`CpuArtifact.kernel_times`), at the price of a barrier.
+        winograd: f32 convolutions of 3 x 3 by F(2 x 2, 3 x 3), which may lose digits where neighbouring pixels differ
+            by orders of magnitude (irc/winograd.h has the bound); without, by plain sums.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
+        printed: kinds of templates that are not used, their operations printed instead.
+        share: innermost iterations of a printed kernel that a thread takes at least; None: some thousands.
+        private_rows: with one token, kernels of one row are computed by every thread for itself, which saves barriers.
     """
 
     isa: str | None = None
@@ -30,8 +35,12 @@ class CpuOptions:
     flags: Sequence[str] = ()
     save_isas: Sequence[str] = ()
     activations: Literal["program", "int8"] = "program"
+    winograd: bool = True
     templates: bool = True
     profile: bool = False
+    printed: Sequence[str] = ()
+    share: int | None = None
+    private_rows: bool = True
 
     def __post_init__(self) -> None:
         for isa in (*([self.isa] if self.isa is not None else []), *self.save_isas):
@@ -39,5 +48,7 @@ class CpuOptions:
                 raise OptionError(f"no instruction set is called {isa!r}{nearest(isa, ISA_FLAGS)}")
         if self.activations not in ("program", "int8"):
             raise OptionError(f"activations must be program or int8, not {self.activations!r}")
+        if self.share is not None and self.share < 1:
+            raise OptionError(f"share must be positive, not {self.share}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads must be positive, not {self.threads}")

@@ -24,6 +24,7 @@ CASES = (
     (_problem(40, 300, (3, 3), padding=(1, 1)), 9, 17, 0),
     (_problem(12, 18, (3, 2), padding=(2, 1), dilation=(2, 3), groups=6, activation="i8"), 15, 19, -7),
     (_problem(517, 33, (1, 1)), 1, 1, 255),
+    (_problem(1024, 33, (1, 2), padding=(0, 1)), 3, 2, 17),
 )
 DTYPES = {"u8": torch.uint8, "i8": torch.int8}
 C_TYPES = {"u8": "uint8_t", "i8": "int8_t"}

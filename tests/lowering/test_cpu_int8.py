@@ -77,6 +77,17 @@ def test_same_numbers_as_the_reference(isa: str | None, bits: int) -> None:
         assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()
 
 
+def test_what_no_integer_holds_becomes_the_nearest() -> None:
+    """Overflow, infinities and NaN in a quantize that an epilogue runs, as in the reference."""
+    program, x = quantized()
+    artifact = CPU.lower(program, QUICK)
+    given = x.clone()
+    given[0, 0, 0, :6] = torch.tensor([1e30, -1e30, torch.inf, -torch.inf, torch.nan, 3e7])
+    (wanted,), (found,) = program.run(given), artifact.run(given)
+    assert wanted.isfinite().all()
+    assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
 def test_times_of_kernels() -> None:
     program, x = quantized()
     artifact = CPU.lower(program, {"profile": True, **QUICK})

@@ -10,17 +10,18 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from irc.core.carrier import Carrier, build_graph_module
 from irc.core.dims import new_dim, new_fake_mode
 from irc.core.errors import IrcError, nearest
 from irc.core.hashing import META_HASH, content_hash, copy_hash, declare_hash
-from irc.core.program import VAL, Program, build_graph_module, describe
+from irc.core.program import VAL, Program, describe
 from irc.core.sizes import symbolic_size
 from irc.core.text.header import Header, WeightDeclaration
 from irc.core.text.reader import Reader, SizeType, TensorType
 
 _STEP = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _MODULE_NAMES = frozenset(dir(nn.Module()))
-_ROOT_NAMES = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+_ROOT_NAMES = frozenset(dir(Carrier({}, fx.Graph())))
 
 Nodes = dict[str, fx.Node]
 

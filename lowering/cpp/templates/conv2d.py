@@ -1,7 +1,7 @@
 """Convolution over two axes, channels last, weights packed once: a matrix product that gathers its rows.
 
 Groups, strides, zero padding and dilation; f32, bf16 and f16, summed in f32. `irc/conv.h` has the layout and the bound
-on the error.
+on the error; `irc/winograd.h` has those of windows of 3 × 3 in f32 by F(2 × 2, 3 × 3).
 
 `epilogue(m, n0, n1, values)` gets channels n0 to n1 of pixel m (of all images) as f32.
 """
@@ -9,7 +9,7 @@ on the error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import float_matmul
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, pad_to, wrong_shape
 
-INCLUDES = ("irc/conv.h",)
+INCLUDES = ("irc/conv.h", "irc/winograd.h")
+# Rows between two calls of the epilogue for the same columns: a tile, as C++ text.
+ROWS_AHEAD = "irc::gemm_height"
+# Channels that a unit of the packed weights of `winograd` holds, its places, and the largest product of both channels
+# that it is faster for: beyond, its weights (16 places, not 9) do not come out of a cache as fast as they are needed.
+_GROUP, _PLACES, _MOST_CHANNELS = 64, 16, 1 << 17
+# Channels and tiles of a block: gemm_depth and winograd_rows.
+_DEPTH, _TILES = 256, 48
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -28,6 +35,7 @@ class ConvProblem:
 
     Attributes:
         activation, weight: their types.
+        winograd: by F(2 × 2, 3 × 3) (irc/winograd.h), which has an error bound of its own; see `winograd_pays`.
     """
 
     channels: int
@@ -39,6 +47,7 @@ class ConvProblem:
     groups: int = 1
     activation: str = "f32"
     weight: str = "f32"
+    winograd: bool = False
 
     @property
     def places(self) -> int:
@@ -66,11 +75,27 @@ def refuses(problem: ConvProblem, isa: str) -> str | None:
             return f"convolution of {what} in {kind}; known: {', '.join(C_TYPES)}"
     if problem.channels % problem.groups or problem.out_channels % problem.groups:
         return f"{problem.groups} groups do not divide {problem.channels} and {problem.out_channels} channels"
+    plain = problem.kernel == (3, 3) and problem.stride == problem.dilation == (1, 1) and problem.groups == 1
+    if problem.winograd and not (
+        plain and problem.activation == problem.weight == "f32" and problem.channels % 16 == 0
+    ):
+        return "minimal filtering of other than 3 × 3 with stride 1 over multiples of 16 channels in f32"
     return None
 
 
+def winograd_pays(problem: ConvProblem) -> bool:
+    """Whether F(2 × 2, 3 × 3) can do the problem and is expected to be faster."""
+    wanted = replace(problem, winograd=True)
+    return (
+        refuses(wanted, "plain") is None
+        and min(problem.channels, problem.out_channels) >= 32
+        and problem.channels * problem.out_channels <= _MOST_CHANNELS
+    )
+
+
 def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
-    """w [O, C / groups, KH, KW] as the panels of each group, as bytes; depthwise as f32 [KH KW][channels].
+    """w [O, C / groups, KH, KW] as the panels of each group, as bytes; depthwise as f32 [KH KW][channels]; for
+    `winograd` G w Gᵀ as f32 [O / 64][16 places][4][C][16].
 
     Raises:
         TargetError: the weight does not fit the problem.
@@ -81,6 +106,11 @@ def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
     wanted = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
     if tuple(weight.shape) != wanted or weight.dtype != _DTYPES[problem.weight]:
         raise wrong_shape("weight", f"{weight.dtype}{list(weight.shape)}", f"{problem.weight}{list(wanted)}")
+    if problem.winograd:
+        sides = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+        spread = torch.einsum("ai,ocij,bj->ocab", sides, weight.double(), sides).float().flatten(2)
+        panels = pad_to(spread, 0, _GROUP).unflatten(0, (-1, _GROUP // PANEL, PANEL))
+        return as_bytes(panels.permute(0, 4, 1, 3, 2).flatten())
     if problem.depthwise:
         return as_bytes(pad_to(weight.float().flatten(1).t(), 1, PANEL).flatten())
     return torch.cat([float_matmul.pack(problem.product, rows) for rows in rows_of_groups(problem, weight)])
@@ -93,25 +123,31 @@ def rows_of_groups(problem: ConvProblem, weight: Tensor) -> list[Tensor]:
 
 def packed_bytes(problem: ConvProblem) -> int:
     """Bytes of `pack`'s result."""
+    if problem.winograd:
+        return -(-problem.out_channels // _GROUP) * _GROUP * problem.channels * _PLACES * 4
     if problem.depthwise:
         return problem.places * -(-problem.channels // PANEL) * PANEL * 4
     return problem.groups * float_matmul.packed_bytes(problem.product)
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
-    """None: blocks live on the workers' stacks."""
-    return 0
+    """What `winograd` spreads a worker's tiles to (irc::WinogradScratch); other blocks live on the workers' stacks."""
+    if not problem.winograd:
+        return 0
+    inputs = -(-problem.channels // _DEPTH) * _PLACES * _TILES * (_DEPTH + 16)
+    return num_workers * (inputs + _PLACES * _TILES * _GROUP) * 4
 
 
 def call(problem: ConvProblem, args: Mapping[str, str], epilogue: str) -> str:
     """Convolves.
 
-    Args: worker, x (dense, channels last), packed (const uint8_t*), batch, height, width, out_height, out_width.
+    Args: worker, x (dense, channels last), packed (const uint8_t*), batch, height, width, out_height, out_width; for
+        `winograd` scratch (uint8_t*).
     """
-    return (
-        f"irc::conv2d<{C_TYPES[problem.weight]}>({args['worker']}, {shape_text(problem, args)}, {args['x']},"
-        f" {args['packed']}, {epilogue});\n"
-    )
+    shape, sources = shape_text(problem, args), f"{args['x']}, {args['packed']}"
+    if problem.winograd:
+        return f"irc::winograd_conv2d({args['worker']}, {shape}, {sources}, {args['scratch']}, {epilogue});\n"
+    return f"irc::conv2d<{C_TYPES[problem.weight]}>({args['worker']}, {shape}, {sources}, {epilogue});\n"
 
 
 def shape_text(problem: ConvProblem, args: Mapping[str, str]) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import sympy
 import torch.fx as fx
 
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
-from irc.lowering.cpp.templates.conv2d import ConvProblem
+from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.printer import print_epilogue
+from irc.lowering.cpp.templates.conv2d import ROWS_AHEAD, ConvProblem
+from irc.lowering.cpu.sites._linear import function, matmul_body
 from irc.lowering.kernels.definitions import At, Call, Definer, apply, convert, settle
 from irc.lowering.kernels.ops.pointwise import activation
 from irc.lowering.kernels.ops.reductions import pairs
@@ -64,6 +69,34 @@ class Convolution:
             return value if chosen is None else settle(activation(str(chosen), value), own.dtype)
 
         return finished
+
+
+def convolution_function(
+    call: TemplateCall, template: ModuleType, args: Mapping[str, str], *, input_type: str, packed: str,
+    sizes: set[sympy.Symbol],
+) -> PrintedFunction:  # fmt: skip
+    """The call of a template for convolutions behind its epilogue.
+
+    Args:
+        args: those of the template, without the operands.
+        input_type: of the activations, in C++.
+        packed: name of the packed weights' place as C++.
+    """
+    assert call.epilogue is not None
+    problem = call.site.problem
+    epilogue = print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
+    scratch = template.scratch_bytes(problem, 0, 1)
+    names = ("worker", "x", "packed", *(["scratch"] if scratch else []))
+    parameters, arguments = [f"const {input_type}* x", "const uint8_t* packed"], [call.reads[0], packed]
+    if scratch:
+        parameters.append("uint8_t* scratch")
+        arguments.append("arguments.arena + scratch")
+    return function(
+        call, tuple(parameters), tuple(arguments),
+        matmul_body(epilogue, template.call(problem, {**args, **{name: name for name in names}}, "epilogue")),
+        sizes=sizes, includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+        scratch=f"workers * {scratch}" if scratch else "",
+    )  # fmt: skip
 
 
 def conv_arguments(definer: Definer, call: TemplateCall, sizes: set[sympy.Symbol]) -> dict[str, str]:

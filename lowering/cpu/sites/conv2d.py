@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch.fx as fx
 
 from irc.core.program import Program
 from irc.lowering.cpp.function import PrintedFunction
-from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import conv2d as template
 from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments
-from irc.lowering.cpu.sites._linear import constant, function, matmul_body
+from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments, convolution_function
+from irc.lowering.cpu.sites._linear import constant
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
@@ -28,6 +29,8 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     problem = layer.problem(definer, activation=definer.dtype(layer.x), weight=definer.dtype(layer.weight))
     if template.refuses(problem, "plain") is not None:
         return None
+    if options.winograd and template.winograd_pays(problem):
+        problem = replace(problem, winograd=True)
     return Site("conv2d", node, ((layer.x, "channels_last"),), problem, order=(0, 2, 3, 1), finish=layer.finish())
 
 
@@ -37,18 +40,13 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     definer = Definer(program)
     layer = Convolution.of(definer, call.site.node)
     assert layer is not None
-    assert call.epilogue is not None
-    name = f"{layer.weight.target} as panels of {problem.groups} groups"
-    if name not in weights.offsets:
-        weights.add(name, template.pack(problem, program.weight(layer.weight).detach()))
-    epilogue = print_epilogue(call.epilogue)
+    kind = "3 × 3 filters" if problem.winograd else f"panels of {problem.groups} groups"
+    name, weight = f"{layer.weight.target} as {kind}", program.weight(layer.weight).detach()
+    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, weight))
     sizes: set[sympy.Symbol] = set()
-    args = {"worker": "worker", "x": "x", "packed": "packed", **conv_arguments(definer, call, sizes)}
-    return function(
-        call, (f"const {C_TYPES[problem.activation]}* x", "const uint8_t* packed"),
-        (call.reads[0], f"arguments.weights + {weights.offsets[name]}"),
-        matmul_body(epilogue, template.call(problem, args, "epilogue")), sizes=sizes,
-        includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+    return convolution_function(
+        call, template, conv_arguments(definer, call, sizes), input_type=C_TYPES[problem.activation],
+        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes,
     )  # fmt: skip
 
 

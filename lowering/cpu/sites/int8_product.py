@@ -20,12 +20,11 @@ from irc.core.program import Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
 from irc.lowering.cpp.function import PrintedFunction
-from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import int8_conv2d as template
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments
-from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of
+from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments, convolution_function
+from irc.lowering.cpu.sites._linear import Linear, rows_of
 from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
@@ -133,21 +132,19 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     definer = Definer(program)
     layer = Linear.of(call.site.node) or Convolution.of(definer, call.site.node)
     assert layer is not None
-    assert call.epilogue is not None
     x, weight = StaticInt8.of(definer, layer.x), Int8Weight.of(layer.weight)
     assert x is not None
     assert weight is not None
     name = f"{weight.stored.target} × {x.scale.target} as panels of bytes"
     zero = 0 if x.zero_point is None else int(program.weight(x.zero_point).item())
     integers = program.weight(weight.stored).detach()
-    if name not in weights.offsets:
-        scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels)
-        shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-        step = program.weight(x.scale).detach().reshape(())
-        weights.add(name, template.pack(problem, integers.reshape(shape), scale * step, zero))
+    step = program.weight(x.scale).detach().reshape(())
+    scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels) * step
+    shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
+    weights.add_made(name, template.packed_bytes(problem),
+                     lambda: template.pack(problem, integers.reshape(shape), scale, zero))  # fmt: skip
     sizes: set[sympy.Symbol] = set()
-    narrow = "true" if template.is_narrow(integers) else "false"
-    args = {"worker": "worker", "x": "x", "packed": "packed", "zero": str(zero), "narrow": narrow}
+    args = {"zero": str(zero), "narrow": "true" if template.is_narrow(integers) else "false"}
     if isinstance(layer, Convolution):
         args |= conv_arguments(definer, call, sizes)
     else:
@@ -155,12 +152,9 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         sizes |= set(rows.free_symbols)
         args |= dict.fromkeys(("height", "width", "out_height", "out_width"), "1")
         args["batch"] = f"int64_t({size_text(rows, {})})"
-    epilogue = print_epilogue(call.epilogue)
-    return function(
-        call, (f"const {_C_TYPES[problem.activation]}* x", "const uint8_t* packed"),
-        (call.reads[0], f"arguments.weights + {weights.offsets[name]}"),
-        matmul_body(epilogue, template.call(problem, args, "epilogue")), sizes=sizes,
-        includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
+    return convolution_function(
+        call, template, args, input_type=_C_TYPES[problem.activation],
+        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes,
     )  # fmt: skip
 
 

@@ -69,10 +69,7 @@ def _integer(call: Call, chosen: QuantFormat, at: At) -> Value:
     value = apply("round", apply("div", convert(x.at(at), wide), convert(scale.at(group), wide)))
     if call.has("zero_point"):
         value = apply("add", value, convert(call.operand("zero_point").at(group), wide))
-    # NaN becomes the lowest integer.
-    low, high = literal(float(chosen.low), wide), literal(float(chosen.high), wide)
-    bounded = apply("where", apply("gt", value, low, dtype="bool"), value, low, dtype=wide)
-    return apply("fitting", apply("minimum", bounded, high), dtype="i32")
+    return apply("bounded", value, literal(chosen.low, "i32"), literal(chosen.high, "i32"), dtype="i32")
 
 
 @defines("irc.dynamic_scale", kind="reduction", refuses=_why_not)

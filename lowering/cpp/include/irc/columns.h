@@ -6,6 +6,16 @@
 
 IRC_BEGIN
 
+// Brings what an epilogue will touch next into the first-level cache. Reading ahead of the end is harmless.
+template <class T>
+IRC_INLINE void fetch_for_read(const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 0, 3);
+}
+template <class T>
+IRC_INLINE void fetch_for_write(T* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(to + i, 1, 3);
+}
+
 class Columns {
 public:
     template <class Body>

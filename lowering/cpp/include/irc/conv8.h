@@ -1,5 +1,5 @@
 // Convolutions and linear layers of 8-bit integers with static scales:
-// out[m, o] = scale[o] sum over places of (in[m, place] - zero) w[o, place], with the rows of conv.h.
+// out[m, o] = scale[o] sum over places of (in[m, place] - zero) w[o, place], the product of conv_rows.h.
 //
 // Weights are signed bytes, four neighbours along the depth together: [places / 4][16][4] a panel. Two ways to multiply,
 // both exact:
@@ -14,30 +14,49 @@
 // f32 scale: error 2^-23 relative.
 #pragma once
 
-#include "irc/conv.h"
+#include "irc/conv_rows.h"
 #include "irc/dot8.h"
 
 IRC_BEGIN
 
 #if defined(IRC_AVX512)
 IRC_INLINE i32x16 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-IRC_INLINE void dot_bytes(i32x16& sum, bytes64 weights, int32_t four) {
-    sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(four), weights.v);
+IRC_INLINE void dot_bytes(i32x16& sum, const uint8_t* weights, const uint8_t* four) {
+    int32_t x;
+    std::memcpy(&x, four, 4);
+    sum.v = _mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(x), _mm512_loadu_si512(weights));
 }
 #elif defined(IRC_AVX2)
 IRC_INLINE i32x16 load_i32(const int32_t* p) {
     const __m256i* raw = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
 }
-IRC_INLINE void dot_bytes(i32x16& sum, bytes64 weights, int32_t four) {
-    const __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
-    sum.a = in_order(_mm256_add_epi32(sum.a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, weights.a), ones)));
-    sum.b = in_order(_mm256_add_epi32(sum.b, _mm256_madd_epi16(_mm256_maddubs_epi16(x, weights.b), ones)));
+// Written as instructions: from intrinsics compilers load the weights into registers, which twelve sums leave none for.
+IRC_INLINE void dot_bytes(i32x16& sum, const uint8_t* weights, const uint8_t* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, 4);
+    const __m256i x = _mm256_set1_epi32(bytes), ones = _mm256_set1_epi16(1);
+    const auto add = [&](__m256i& half, const uint8_t* from) {
+        __m256i products;
+        __asm__("vpmaddubsw %3, %2, %0\n\tvpmaddwd %4, %0, %0\n\tvpaddd %0, %1, %1"
+                : "=&x"(products), "+x"(half)
+                : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(from)), "x"(ones));
+    };
+    add(sum.a, weights);
+    add(sum.b, weights + 32);
 }
-IRC_INLINE void dot_shorts(i32x16& sum, bytes64 weights, int32_t pair) {
+IRC_INLINE void dot_shorts(i32x16& sum, const uint8_t* weights, const int16_t* two) {
+    int32_t pair;
+    std::memcpy(&pair, two, 4);
     const __m256i x = _mm256_set1_epi32(pair);
-    sum.a = in_order(_mm256_add_epi32(sum.a, _mm256_madd_epi16(weights.a, x)));
-    sum.b = in_order(_mm256_add_epi32(sum.b, _mm256_madd_epi16(weights.b, x)));
+    const auto add = [&](__m256i& half, const uint8_t* from) {
+        __m256i products;
+        __asm__("vpmaddwd %3, %2, %0\n\tvpaddd %0, %1, %1"
+                : "=&x"(products), "+x"(half)
+                : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(from)));
+    };
+    add(sum.a, weights);
+    add(sum.b, weights + 32);
 }
 // A line of bytes as two of shorts: neighbours 0, 1 and 2, 3 of each column.
 IRC_INLINE void widen_line(const uint8_t* line, int16_t* pairs) {
@@ -57,20 +76,31 @@ IRC_INLINE i32x16 load_i32(const int32_t* p) {
     std::memcpy(sum.v, p, 64);
     return sum;
 }
-IRC_INLINE void dot_bytes(i32x16& sum, bytes64 weights, int32_t four) {
-    uint8_t x[4];
-    std::memcpy(x, &four, 4);
+IRC_INLINE void dot_bytes(i32x16& sum, const uint8_t* weights, const uint8_t* four) {
     for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 4; ++j) sum.v[i] += static_cast<int8_t>(weights.v[4 * i + j]) * x[j];
+        for (int j = 0; j < 4; ++j) sum.v[i] += static_cast<int8_t>(weights[4 * i + j]) * four[j];
 }
 #endif
 
+// What both ways share. scales and corrections: [channels of all groups], readable for 16 more.
+struct IntegerProduct {
+    using Sum = int32_t;
+    using Sums = i32x16;
+    static constexpr int64_t block = 2 * gemm_depth;
+    const float* scales;
+    const int32_t* corrections;
+
+    static int64_t panel_bytes(int64_t places) { return round_up(places, 4) * 16; }
+    static i32x16 none() { return zero_i32(); }
+    static i32x16 load_sums(const int32_t* from) { return load_i32(from); }
+};
+
 // Bytes as unsigned ones: signed ones with their first bit turned.
 struct ByteInputs {
-    using Row = uint8_t;
     uint8_t flip, zero;
 
     uint8_t outside() const { return zero; }
+    bool in_place() const { return flip == 0; }
     template <class Input>
     void copy(uint8_t* to, const Input* from, int64_t count, int64_t readable) const {
         const uint8_t turned = flip;
@@ -83,66 +113,24 @@ struct ByteInputs {
     }
 };
 
-// H rows times one panel over `length` neighbours (a multiple of 4): totals [H][gemm_columns] += product.
-struct ByteTile {
-    using Row = uint8_t;
-    static constexpr int64_t step = 4;  // neighbours in a line of weights
-    template <int H>
-    static void add(const uint8_t* x, const uint8_t* panel, int64_t length, int32_t* totals) {
-        i32x16 sums[H];
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) sums[m] = load_i32(totals + m * gemm_columns);
-        for (int64_t k = 0; k < length; k += 4) {
-            const bytes64 weights = load_line(panel + 16 * k);
-#pragma GCC unroll 16
-            for (int m = 0; m < H; ++m) {
-                int32_t four;
-                std::memcpy(&four, x + m * conv_stride + k, 4);
-                dot_bytes(sums[m], weights, four);
-            }
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) store(totals + m * gemm_columns, sums[m]);
-    }
-};
-
-template <class Tile>
-inline void tiles_of(int64_t count, const typename Tile::Row* rows, const uint8_t* panel, int64_t length,
-                     int32_t* totals) {
-    const int64_t tiles = ceil_div(count, gemm_height);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = count * tile / tiles, height = count * (tile + 1) / tiles - first;
-        with_height<gemm_height>(height, [&](auto h) {
-            Tile::template add<decltype(h)::value>(rows + first * conv_stride, panel, length, totals + first * gemm_columns);
-        });
-    }
-}
-
-// What both ways share. scales and corrections: [channels of all groups], readable for 16 more.
-struct IntegerProduct {
-    using Sum = int32_t;
-    const float* scales;
-    const int32_t* corrections;
-
-    static int64_t depth(int64_t length) { return round_up(length, 4); }
-    static int64_t panel_bytes(int64_t places) { return depth(places) * 16; }
-    static int64_t group_bytes(const ConvShape& shape) {
-        return ceil_div(shape.group_outputs(), 16) * panel_bytes(shape.places());
-    }
-};
-
 struct ByteProduct : IntegerProduct {
+    using Row = uint8_t;
+    struct Ready {};
+    static constexpr int64_t step = 4, step_bytes = 64;
     ByteInputs inputs;
 
-    void add(const uint8_t* rows, int64_t count, const uint8_t* packed, int64_t places, int64_t n0, int64_t n1,
-             int64_t place, int64_t length, int32_t* totals) const {
-        for (int64_t n = n0; n < n1; n += 16)
-            tiles_of<ByteTile>(count, rows, packed + n / 16 * panel_bytes(places) + place * 16, depth(length),
-                               totals + n - n0);
+    static const uint8_t* ready(const uint8_t* panel, int64_t, Ready&) { return panel; }
+    template <int H, int P, class Tile>
+    static IRC_INLINE void multiply(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
+                                    i32x16 (&sums)[H][P]) {
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) dot_bytes(sums[m][p], panel + p * panel_bytes, tile.at(m, k));
     }
     const float* finish(const int32_t* sums, int64_t n0, int64_t n1, float* values) const {
         for (int64_t n = n0; n < n1; n += 16) {
-            const i32x16 sum = irc::add(load_i32(sums + n - n0), load_i32(corrections + n));
+            const i32x16 sum = add(load_i32(sums + n - n0), load_i32(corrections + n));
             store(values + n - n0, mul(to_float(sum), load(scales + n)));
         }
         return values;
@@ -152,10 +140,10 @@ struct ByteProduct : IntegerProduct {
 #if defined(IRC_AVX2)
 // Bytes without their zero point, in 16 bits.
 struct ShortInputs {
-    using Row = int16_t;
     int16_t zero;
 
     int16_t outside() const { return 0; }
+    bool in_place() const { return false; }
     template <class Input>
     void copy(int16_t* to, const Input* from, int64_t count, int64_t readable) const {
         const int16_t offset = zero;
@@ -168,40 +156,25 @@ struct ShortInputs {
     }
 };
 
-// The same in 16 bits: panel [length / 2][16][2].
-struct ShortTile {
-    using Row = int16_t;
-    template <int H>
-    static void add(const int16_t* x, const uint8_t* panel, int64_t length, int32_t* totals) {
-        i32x16 sums[H];
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) sums[m] = load_i32(totals + m * gemm_columns);
-        for (int64_t k = 0; k < length; k += 2) {
-            const bytes64 weights = load_line(panel + 32 * k);
-#pragma GCC unroll 16
-            for (int m = 0; m < H; ++m) {
-                int32_t pair;
-                std::memcpy(&pair, x + m * conv_stride + k, 4);
-                dot_shorts(sums[m], weights, pair);
-            }
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) store(totals + m * gemm_columns, sums[m]);
-    }
-};
-
 struct ShortProduct : IntegerProduct {
+    using Row = int16_t;
+    struct Ready {
+        alignas(64) int16_t panel[16 * block];
+    };
+    static constexpr int64_t step = 4, step_bytes = 128;
     ShortInputs inputs;
 
-    void add(const int16_t* rows, int64_t count, const uint8_t* packed, int64_t places, int64_t n0, int64_t n1,
-             int64_t place, int64_t length, int32_t* totals) const {
-        alignas(64) int16_t panel[16 * gemm_depth];
-        const int64_t whole = depth(length);
-        for (int64_t n = n0; n < n1; n += 16) {
-            const uint8_t* stored = packed + n / 16 * panel_bytes(places) + place * 16;
-            for (int64_t k = 0; k < whole; k += 4) widen_line(stored + 16 * k, panel + 16 * k);
-            tiles_of<ShortTile>(count, rows, reinterpret_cast<const uint8_t*>(panel), whole, totals + n - n0);
-        }
+    static const uint8_t* ready(const uint8_t* panel, int64_t length, Ready& ready) {
+        for (int64_t k = 0; k < length; k += 4) widen_line(panel + 16 * k, ready.panel + 16 * k);
+        return reinterpret_cast<const uint8_t*>(ready.panel);
+    }
+    template <int H, int P, class Tile>
+    static IRC_INLINE void multiply(const Tile& tile, int64_t k, const uint8_t* panel, int64_t, i32x16 (&sums)[H][P]) {
+        static_assert(P == 1, "one panel is widened at a time");
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair)
+#pragma GCC unroll 16
+            for (int m = 0; m < H; ++m) dot_shorts(sums[m][0], panel + 64 * pair, tile.at(m, k + 2 * pair));
     }
     const float* finish(const int32_t* sums, int64_t n0, int64_t n1, float* values) const {
         for (int64_t n = n0; n < n1; n += 16)

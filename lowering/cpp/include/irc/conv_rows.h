@@ -1,0 +1,301 @@
+// The matrix product of a convolution, channels last: out[b, y, x, o] = sum over i, j, c of
+// in[b, y stride - padding + i dilation, x …, c] w[o, c, i, j].
+//
+// Rows are the pixels of all images, columns the output channels, the depth is (i, j, c) with c fastest. A block is up to
+// 96 rows, 256 columns and Product::block places, whose weights (16 columns) stay in the first-level cache while all
+// tiles of rows pass. Its rows are read where they lie, pixel under the window by pixel, where integers and channels allow
+// it; else they are gathered: what lies under one row of the window is contiguous in memory (without groups and
+// dilation), so these are a few plain copies, with the number for outside around the image.
+//
+// A product says how rows meet the packed weights:
+//
+//     Row, Sum, Sums         types of a row's numbers, of a finished sum, of 16 sums in registers
+//     step, block            places that are multiplied at a time (1, 2 or 4), and in a block
+//     inputs                 how inputs become rows: outside(), copy(…), in_place<Input>()
+//     panel_bytes(places)    of 16 columns; places before a multiple of `step` lie in front of those behind
+//     ready(panel, …)        the panel as tiles read it
+//     multiply(…)            H rows × P panels × `step` places
+//     finish(…)              what the epilogue gets
+//
+// The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 64) of pixel m, soon after their last
+// tile, so that what it reads and writes overlaps with the arithmetic of the next.
+#pragma once
+
+#include <type_traits>
+
+#include "irc/conv_shape.h"
+#include "irc/fmatmul.h"
+
+IRC_BEGIN
+
+constexpr int64_t conv_columns = 256, conv_group = 64, conv_pieces = 16;
+#if defined(IRC_AVX512)
+constexpr bool reads_in_place = false;  // fourteen rows would need as many pointers
+#else
+constexpr bool reads_in_place = true;
+#endif
+
+// Where a block of places starts in the runs of the window. A run is contiguous in memory: one row of the window, or
+// one pixel of it.
+struct RunStart {
+    int64_t run, runs_a_row, row, column, at;
+
+    RunStart(const ConvShape& shape, int64_t place) {
+        const bool whole = shape.groups == 1 && shape.dilation_x == 1;
+        run = shape.group_channels() * (whole ? shape.kernel_x : 1);
+        runs_a_row = whole ? 1 : shape.kernel_x;
+        const int64_t index = place / run;
+        row = index / runs_a_row;
+        column = index % runs_a_row;
+        at = place % run;
+    }
+};
+
+// `length` places under the window at (y, x) of an image whose group starts at `image`; the input ends at `end`.
+template <class Inputs, class Input, class Row>
+inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, const Input* end,
+                          RunStart start, int64_t y, int64_t x, int64_t length, Row* to) {
+    const int64_t width = shape.group_channels(), run = start.run;
+    for (int64_t done = 0; done < length;) {
+        const int64_t at = start.at, count = min_of(run - at, length - done);
+        const int64_t top = y + start.row * shape.dilation_y, left = x + start.column * shape.dilation_x;
+        // The part [first, last) of the run that lies inside the image.
+        int64_t first = left < 0 ? min_of(run, -left * width) : 0;
+        int64_t last = max_of(0, min_of(run, (shape.width - left) * width));
+        if (top < 0 || top >= shape.height) first = last = 0;
+        first = min_of(max_of(first, at), at + count);
+        last = min_of(max_of(last, first), at + count);
+        for (int64_t k = at; k < first; ++k) to[done + k - at] = inputs.outside();
+        if (last > first) {
+            const Input* from = image + (top * shape.width + left) * shape.channels + first;
+            inputs.copy(to + done + first - at, from, last - first, end - from);
+        }
+        for (int64_t k = last; k < at + count; ++k) to[done + k - at] = inputs.outside();
+        done += count;
+        start.at = 0;
+        if (++start.column == start.runs_a_row) {
+            start.column = 0;
+            ++start.row;
+        }
+    }
+}
+
+// Rows of a block over `length` places from `place`, gathered: [rows][stride], zeros up to a multiple of `step`.
+template <class Product, class Input>
+struct GatheredRows {
+    using Row = typename Product::Row;
+    static constexpr int64_t stride = Product::block + 16, pieces = 1;
+    alignas(64) Row rows[gemm_rows * stride];
+    int64_t padded;
+
+    GatheredRows(const ConvShape&, const Product&) {}
+    static int64_t length_of(const ConvShape& shape, int64_t place) {
+        return min_of(Product::block, shape.places() - place);
+    }
+    void fill(const ConvShape& shape, const Product& product, const Input* input, int64_t group, int64_t m0, int64_t m1,
+              int64_t place, int64_t length) {
+        const int64_t image_size = shape.height * shape.width * shape.channels;
+        const Input* end = input + shape.batch * image_size;
+        const RunStart start(shape, place);
+        padded = round_up(length, Product::step);
+        Row* to = rows;
+        for (int64_t m = m0; m < m1; ++m, to += stride) {
+            const OutputPixel at(shape, m);
+            const Input* image = input + at.b * image_size + group * shape.group_channels();
+            gather_window(shape, product.inputs, image, end, start, at.y, at.x, length, to);
+            for (int64_t k = length; k < padded; ++k) to[k] = 0;
+        }
+    }
+    int64_t length(int64_t) const { return padded; }
+    template <int H>
+    struct Tile {
+        const Row* x;
+        IRC_INLINE const Row* at(int m, int64_t k) const { return x + m * stride + k; }
+    };
+    template <int H>
+    Tile<H> tile(int64_t, int64_t first) const {
+        return {rows + first * stride};
+    }
+};
+
+// The same where they lie: a piece is a pixel under the window, or a part of it. `outside` stands for all pixels
+// outside the image.
+template <class Product>
+struct RowsInPlace {
+    using Row = typename Product::Row;
+    const Row* rows[conv_pieces][gemm_rows];
+    int64_t pieces, piece;
+    alignas(64) Row outside[Product::block];
+
+    RowsInPlace(const ConvShape& shape, const Product& product) : pieces(0), piece(piece_of(shape)) {
+        for (int64_t k = 0; k < piece; ++k) outside[k] = product.inputs.outside();
+    }
+    // Channels that lie together: all of a pixel, or the largest even part that is a whole number of steps.
+    static int64_t piece_of(const ConvShape& shape) {
+        const int64_t channels = shape.group_channels(), parts = ceil_div(channels, Product::block);
+        return channels % (parts * Product::step) == 0 ? channels / parts : 0;
+    }
+    static bool fits(const ConvShape& shape, const Product& product) {
+        return product.inputs.in_place() && piece_of(shape) >= Product::block / conv_pieces;
+    }
+    static int64_t length_of(const ConvShape& shape, int64_t place) {
+        const int64_t piece = piece_of(shape), all = shape.places() / piece;
+        const int64_t blocks = ceil_div(all, Product::block / piece), done = place / piece;
+        // Block b ends at piece all (b + 1) / blocks.
+        int64_t b = done * blocks / all;
+        while (all * (b + 1) / blocks <= done) ++b;
+        return (all * (b + 1) / blocks - done) * piece;
+    }
+    void fill(const ConvShape& shape, const Product&, const Row* input, int64_t group, int64_t m0, int64_t m1,
+              int64_t place, int64_t length) {
+        const int64_t parts = shape.group_channels() / piece;
+        pieces = length / piece;
+        for (int64_t m = m0; m < m1; ++m) {
+            const OutputPixel at(shape, m);
+            for (int64_t p = 0; p < pieces; ++p) {
+                const int64_t number = place / piece + p, window = number / parts;
+                const int64_t pixel = at.under(shape, window / shape.kernel_x, window % shape.kernel_x);
+                rows[p][m - m0] = pixel < 0 ? outside
+                                            : input + pixel * shape.channels + group * shape.group_channels() +
+                                                  number % parts * piece;
+            }
+        }
+    }
+    int64_t length(int64_t) const { return piece; }
+    template <int H>
+    struct Tile {
+        const Row* x[H];
+        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
+    };
+    template <int H>
+    Tile<H> tile(int64_t p, int64_t first) const {
+        Tile<H> result;
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) result.x[m] = rows[p][first + m];
+        return result;
+    }
+};
+
+// Rows [row, row + H) times P panels: totals [H][conv_group] += product, or = product.
+template <class Product, int H, int P, class Rows>
+inline void conv_tile(const Rows& rows, int64_t row, const uint8_t* panel, int64_t panel_bytes, bool first,
+                      typename Product::Sum* totals) {
+    typename Product::Sums sums[H][P];
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p)
+            sums[m][p] = first ? Product::none() : Product::load_sums(totals + m * conv_group + 16 * p);
+    for (int64_t piece = 0; piece < rows.pieces; ++piece) {
+        const auto tile = rows.template tile<H>(piece, row);
+        const int64_t length = rows.length(piece);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < length; k += Product::step) {
+            Product::template multiply<H, P>(tile, k, panel, panel_bytes, sums);
+            panel += Product::step_bytes;
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < H; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) store(totals + m * conv_group + 16 * p, sums[m][p]);
+}
+
+// Weights that are read soon, into the second-level cache. Reading ahead of the last ones is harmless.
+inline void fetch_later(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// All rows of a block times P panels of weights; after each tile done(first row, end).
+template <int P, class Product, class Rows, class Done>
+inline void conv_panels(const Product& product, const Rows& rows, int64_t count, const uint8_t* panel,
+                        int64_t panel_bytes, int64_t length, bool first, typename Product::Sum* totals, const Done& done) {
+    typename Product::Ready ready;
+    const uint8_t* weights = product.ready(panel, length, ready);
+    const int64_t tiles = ceil_div(count, gemm_height), ahead = P * Product::panel_bytes(length) / tiles;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t begin = count * tile / tiles, end = count * (tile + 1) / tiles;
+        fetch_later(panel + P * panel_bytes + tile * ahead, ahead);
+        with_height<gemm_height>(end - begin, [&](auto h) {
+            conv_tile<Product, decltype(h)::value, P>(rows, begin, weights, panel_bytes, first,
+                                                      totals + begin * conv_group);
+        });
+        done(begin, end);
+    }
+}
+
+// Rows [m0, m1), columns [n0, n1) of one group.
+template <class Rows, class Product, class Input, class Epilogue>
+inline void conv_block(const ConvShape& shape, const Product& product, const Input* input, const uint8_t* packed,
+                       int64_t group, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Epilogue& epilogue) {
+    using Sum = typename Product::Sum;
+    Rows rows(shape, product);
+    alignas(64) Sum totals[conv_columns / conv_group][gemm_rows * conv_group];
+    alignas(64) float values[conv_group];
+    const int64_t places = shape.places(), count = m1 - m0, outputs = group * shape.group_outputs();
+    const int64_t panel_bytes = Product::panel_bytes(places);
+    for (int64_t place = 0, length; place < places; place += length) {
+        length = Rows::length_of(shape, place);
+        rows.fill(shape, product, input, group, m0, m1, place, length);
+        const bool last = place + length == places;
+        for (int64_t g = n0; g < n1; g += conv_group) {
+            const int64_t end = min_of(n1, g + conv_group);
+            // Sums that no later block adds to need no place of their own.
+            Sum* sums = totals[last && place == 0 ? 0 : (g - n0) / conv_group];
+            const auto finish = [&](int64_t begin_row, int64_t end_row) {
+                for (int64_t m = begin_row; m < end_row; ++m)
+                    epilogue(m0 + m, outputs + g, outputs + end,
+                             product.finish(sums + m * conv_group, outputs + g, outputs + end, values));
+            };
+            const auto nothing = [](int64_t, int64_t) {};
+            for (int64_t n = g, panels; n < end; n += 16 * panels) {
+                panels = n + 16 < end ? gemm_panels : 1;
+                const uint8_t* panel = packed + n / 16 * panel_bytes + Product::panel_bytes(place);
+                const auto pass = [&](const auto& done) {
+                    if (panels == 1)
+                        conv_panels<1>(product, rows, count, panel, panel_bytes, length, place == 0, sums + n - g, done);
+                    else
+                        conv_panels<gemm_panels>(product, rows, count, panel, panel_bytes, length, place == 0,
+                                                 sums + n - g, done);
+                };
+                if (last && n + 16 * panels >= end)
+                    pass(finish);
+                else
+                    pass(nothing);
+            }
+        }
+    }
+}
+
+// All workers call it; results are complete after the next barrier.
+template <class Product, class Input, class Epilogue>
+inline void conv_rows(Worker& worker, const ConvShape& shape, const Product& product, const Input* input,
+                      const uint8_t* packed, Epilogue& epilogue) {
+    const int64_t pixels = shape.pixels(), outputs = shape.group_outputs();
+    const int64_t row_blocks = ceil_div(pixels, gemm_rows);
+    // Narrower blocks where whole ones cannot be shared evenly.
+    int64_t width = conv_columns;
+    const auto uneven = [&] {
+        const int64_t blocks = ceil_div(outputs, width) * row_blocks * shape.groups;
+        return blocks < 4 * worker.count && blocks % worker.count != 0;
+    };
+    while (width > 64 && uneven()) width /= 2;
+    const int64_t column_blocks = ceil_div(outputs, width);
+    const int64_t group_bytes = ceil_div(outputs, 16) * Product::panel_bytes(shape.places());
+    for_chunks(worker, shape.groups * row_blocks * column_blocks, [&](int64_t chunk) {
+        const int64_t column_block = chunk % column_blocks, row_block = chunk / column_blocks % row_blocks;
+        const int64_t group = chunk / column_blocks / row_blocks, n0 = column_block * width;
+        const int64_t m0 = pixels * row_block / row_blocks, m1 = pixels * (row_block + 1) / row_blocks;
+        const int64_t n1 = min_of(outputs, n0 + width);
+        const uint8_t* weights = packed + group * group_bytes;
+        if constexpr (std::is_same_v<Input, typename Product::Row> && reads_in_place) {
+            if (RowsInPlace<Product>::fits(shape, product)) {
+                conv_block<RowsInPlace<Product>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+                return;
+            }
+        }
+        conv_block<GatheredRows<Product, Input>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+    });
+}
+
+IRC_END
