@@ -68,10 +68,11 @@ def build(shape: str, kind: str, threads: int) -> Built:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "norm" in name else weight.uniform_(-0.03, 0.03, generator=generator)
+    # Quantized before they are merged: then an eighth of the bytes is merged.
     passes = [
+        PASSES[kind],
         "merge-qkv",
         "merge-gate-up",
-        PASSES[kind],
         f"insert-kv-cache{{max-length={CONTEXT},cache-dtype={CACHES[kind]}}}",
     ]
     started = time.perf_counter()

@@ -52,6 +52,7 @@ def compile(
     pass_options: Mapping[str, Any] | None = None,
     progress: Progress | bool | None = None,
     name: str | None = None,
+    tune: float | None = None,
 ) -> Compiled:
     """Compile a model for a target.
 
@@ -71,6 +72,8 @@ def compile(
         pass_options: other values that passes may ask for.
         progress: show what long passes are doing; None: if the error output is a terminal. Or a function of
             (what, done, total).
+        tune: seconds for measuring what the target otherwise chooses by rules. What was measured before on this
+            hardware is taken over at once; 0: only that. None: rules only.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -95,7 +98,10 @@ def compile(
         result = manager.run(program)
     result.report.rows[0].ms = capture_ms
     settings = _with_tokenizer(chosen, options, tokenizer)
-    artifact, row = _lower(chosen, result.program, settings, check=verify != "off")
+    with shown_progress(progress) as report_progress:
+        artifact, row = _lower(
+            chosen, result.program, settings, check=verify != "off", tune=tune, progress=report_progress
+        )
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
     return Compiled(
@@ -152,12 +158,18 @@ def _split(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-def _lower(target: Target, program: Program, options: Mapping[str, Any] | None, *, check: bool) -> tuple[Artifact, Row]:
+def _lower(
+    target: Target, program: Program, options: Mapping[str, Any] | None, *, check: bool, tune: float | None,
+    progress: Progress | None,
+) -> tuple[Artifact, Row]:  # fmt: skip
     """Lower, compare with the program, and describe both in a row of the report."""
-    coverage = target.check(program)
+    coverage = target.check_with(program, options)
     coverage.require(program)
     started = time.perf_counter()
-    artifact = target.lower(program, options)
+    if tune is None:
+        artifact = target.lower(program, options)
+    else:
+        artifact = target.lower_tuned(program, options, tune, progress)
     row = Row(
         name=f"lower to {target.name}", matches=program.num_nodes, modified=True,
         nodes=program.num_nodes, weight_bytes=program.weight_bytes, ms=(time.perf_counter() - started) * 1e3,

@@ -33,6 +33,9 @@ def compile(
         list[str] | None,
         typer.Option("--option", "-O", help="An option of the target, KEY=VALUE, e.g. type=q4_k_m; several times."),
     ] = None,
+    tune: Annotated[
+        float | None, typer.Option(help="Seconds for measuring what the target otherwise chooses by rules (cpu).")
+    ] = None,
 ) -> None:
     """Compile a model for a target and save the artifact.
 
@@ -53,7 +56,7 @@ def compile(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
         calibration=load_calibration(calibration, loaded), pass_options={"resume": resume},
-        options=_options(option or []),
+        options=_options(option or []), tune=tune,
     )  # fmt: skip
     Console().print(compiled.report)
     compiled.save(output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -121,11 +121,11 @@ def _split_bytes(flat: Tensor) -> Iterable[Tensor]:
         yield flat[start : start + step].cpu().view(torch.uint8)
 
 
-def structural_hash(program: Program) -> str:
+def structural_hash(program: Program, weight: Callable[[Tensor], str] = content_hash) -> str:
     """Hash of what a program is: operations, weights by content, types of inputs, dims, aliases, specs, metadata.
 
     Names of nodes, names of weights, the order of independent operations and provenance do not count. Unused
-    operations do, and so does computing the same thing twice.
+    operations do, and so does computing the same thing twice. `weight` tells weights of one type apart.
     """
     from irc.core.text.specs import FLATTENED, spec_text  # the text form itself imports this module
 
@@ -136,8 +136,8 @@ def structural_hash(program: Program) -> str:
     for node in program.graph.nodes:
         if node.op == "get_attr":
             tensor = program.weight(node)
-            name = str(node.target) if content_hash(tensor) == META_HASH else ""
-            values[node] = _digest("weight", content_hash(tensor), _type_key(program, tensor), name)
+            name = str(node.target) if tensor.device.type == "meta" and content_hash(tensor) == META_HASH else ""
+            values[node] = _digest("weight", weight(tensor), _type_key(program, tensor), name)
         elif node.op == "call_function" and is_size(node):
             values[node] = _digest("size", _size_key(program, node.meta[VAL]))
         elif node.op == "call_function":
@@ -157,6 +157,39 @@ def structural_hash(program: Program) -> str:
         repr({key: value for key, value in program.metadata.items() if key != FLATTENED}),
     )
     return summary.hex()
+
+
+class Structure:
+    """What a program was when this was made, for comparisons that read weights only if nothing else decides.
+
+    Reading the weights of a large model takes seconds. Programs over the very same tensors differ just where their
+    operations do, and programs that differ where weights of one type are all taken for equal differ in any case.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._over_tensors = structural_hash(program, _identity)
+        self._over_types = structural_hash(program, _nothing)
+
+    def same_as(self, other: Structure) -> bool:
+        """Whether both have the same structural hash. Weights must not have been written into."""
+        if self._over_tensors == other._over_tensors:
+            return True
+        if self._over_types != other._over_types or not (self._is_current() and other._is_current()):
+            return False
+        return structural_hash(self._program) == structural_hash(other._program)
+
+    def _is_current(self) -> bool:
+        """Whether the program is still what it was."""
+        return structural_hash(self._program, _identity) == self._over_tensors
+
+
+def _identity(tensor: Tensor) -> str:
+    return str(id(tensor))
+
+
+def _nothing(tensor: Tensor) -> str:
+    return ""
 
 
 def _digest(*parts: str) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from irc.core import checks, provenance
 from irc.core.contract import Applications, Pass, PassContext, PassResult
 from irc.core.errors import IrcError, OptionError
+from irc.core.hashing import Structure
 from irc.core.instruments import DumpInstrument, Instrument
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
@@ -44,7 +45,7 @@ class _State:
     program: Program
     inputs: tuple[Any, ...]
     guard: checks.WeightGuard
-    structure: str
+    structure: Structure
     check: NumericCheck | None
     report: Report
     stages: dict[str, Program] = field(default_factory=dict)
@@ -120,8 +121,6 @@ class PassManager:
     # ---------------------------------------------------------------- steps
 
     def _start(self, program: Program, inputs: Sequence[Any] | None) -> _State:
-        from irc.core.hashing import structural_hash
-
         clock = _Clock()
         given = tuple(inputs) if inputs is not None else tuple(program.example_inputs or ())
         guard = checks.WeightGuard(program, given, content=self.verify != "off")
@@ -129,7 +128,7 @@ class PassManager:
         if self.verify != "off":
             check = NumericCheck.start(program, inputs if inputs is not None else program.example_inputs)
         row = Row(name=FIRST_STAGE)
-        state = _State(program, given, guard, structural_hash(program), check, Report(program.name))
+        state = _State(program, given, guard, Structure(program), check, Report(program.name))
         self._record(state, row)
         row.verify_ms = clock.ms()
         row.notes.extend(check.notes if check else [])
@@ -139,8 +138,6 @@ class PassManager:
 
     def _step(self, state: _State, one: Pass) -> Row:
         """Run and check one pass; the state moves on only if everything holds."""
-        from irc.core.hashing import structural_hash
-
         before = state.program
         checks.check_requires(one, before)
         result, row = self._run_pass(before, one)
@@ -148,8 +145,8 @@ class PassManager:
         state.guard.check(one)
         checks.check_matches(one, result)
         checks.check_types(one, after)
-        structure = structural_hash(after)
-        row.modified = structure != state.structure
+        structure = Structure(after)
+        row.modified = not structure.same_as(state.structure)
         checks.check_claim(one, result, row.modified)
         checks.check_ensures(one, before, result)
         if state.check is not None and (row.modified or result.replay is not None):

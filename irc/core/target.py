@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.artifact_check import ArtifactCheck, check_artifact
-from irc.core.contract import Pass
+from irc.core.contract import Pass, Progress
 from irc.core.errors import OptionError, TargetError, nearest
 from irc.core.kv_cache import KVCache
 from irc.core.paged import StepInputs
@@ -211,6 +211,10 @@ class Target(abc.ABC):
     def check(self, program: Program) -> Coverage:
         """What is supported, what falls back, what is refused, and why."""
 
+    def check_with(self, program: Program, options: Options | None) -> Coverage:
+        """As `check`, for targets whose options change what they have kernels for."""
+        return self.check(program)
+
     @abc.abstractmethod
     def lower(self, program: Program, options: Options | None = None) -> Artifact:
         """Lower a program, which stays as it is.
@@ -219,6 +223,16 @@ class Target(abc.ABC):
             TargetError: the program is refused, or something the target needs is missing.
             OptionError: unknown options.
         """
+
+    def lower_tuned(
+        self, program: Program, options: Options | None, seconds: float, progress: Progress | None = None
+    ) -> Artifact:
+        """As `lower`, with choices that were measured on this machine, within about `seconds`.
+
+        Raises:
+            OptionError: the target has nothing to choose.
+        """
+        raise OptionError(f"target {self.name!r} has no choices to tune")
 
     def default_passes(self, program: Program) -> list[Pass]:
         """The pipeline for `compile(passes=None)`."""

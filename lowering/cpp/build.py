@@ -89,6 +89,12 @@ def _headers_hash() -> str:
     return digest.hexdigest()
 
 
+def toolchain_hash() -> str:
+    """What a measurement of built code depends on besides the processor: compiler, its options, templates."""
+    parts = [compiler_version(require_compiler()), _headers_hash(), platform.machine(), *COMMON]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 def build(source: str, *, isa: str, shared: bool = True, flags: Sequence[str] = (), name: str = "program") -> Path:
     """A shared object (or program) made from C++ text; one made before from the same is used again.
 

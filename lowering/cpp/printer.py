@@ -26,9 +26,9 @@ WORK_A_CHUNK = 2048
 """Elements that a worker takes at a time at least, about a microsecond's: taking a chunk costs a twentieth of that."""
 
 
-def print_kernel(kernel: Kernel) -> PrintedFunction:
-    """Print a kernel."""
-    return _Printer(kernel).printed()
+def print_kernel(kernel: Kernel, share: int | None = None) -> PrintedFunction:
+    """Print a kernel; `share`: innermost iterations that a worker takes at least (None: as the kernel says)."""
+    return _Printer(kernel, share).printed()
 
 
 def print_epilogue(kernel: Kernel, *, ahead: str = "") -> PrintedEpilogue:
@@ -55,8 +55,8 @@ def pointer_declarations(written: Sequence[Buffer], read: Sequence[Buffer]) -> t
 
 
 class _Printer:
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Kernel, share: int | None = None) -> None:
+        self.kernel, self.share = kernel, share
         self.pointers, self.declared = pointer_declarations(kernel.writes, kernel.reads)
         self.names: dict[sympy.Symbol, str] = {}
         for i, axis in enumerate(kernel.outer):
@@ -136,7 +136,7 @@ class _Printer:
         total = sympy.prod([axis.extent for axis in kernel.outer])
         out.add(f"const int64_t total = {size_text(total, self.names)};")
         vector = kernel.outer[-1].kind == "vector"
-        smallest = str(kernel.outer[-1].tile or 1) if vector else self._smallest_share()
+        smallest = str(self.share or kernel.outer[-1].tile or 1) if vector else self._smallest_share()
         out.add(f"const int64_t share = irc::max_of({smallest}, irc::ceil_div(total, 4 * worker.count));")
         out.add("irc::for_chunks(worker, irc::ceil_div(total, share), [&](int64_t chunk) {")
         out.depth += 1
@@ -182,7 +182,7 @@ class _Printer:
     def _smallest_share(self) -> str:
         """Iterations that make a chunk worth sharing."""
         work = _work(self.kernel.body)
-        return f"irc::max_of(1, {WORK_A_CHUNK} / irc::max_of(1, {size_text(work, self.names)}))"
+        return f"irc::max_of(1, {self.share or WORK_A_CHUNK} / irc::max_of(1, {size_text(work, self.names)}))"
 
 
 def _work(body: Sequence[Statement]) -> sympy.Expr:

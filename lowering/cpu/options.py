@@ -25,6 +25,9 @@ class CpuOptions:
         winograd: f32 convolutions of 3 x 3 by F(2 x 2, 3 x 3), which may lose digits where neighbouring pixels differ
             by orders of magnitude (irc/winograd.h has the bound); without, by plain sums.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
+        printed: kinds of templates that are not used, their operations printed instead.
+        share: innermost iterations of a printed kernel that a thread takes at least; None: some thousands.
+        private_rows: with one token, kernels of one row are computed by every thread for itself, which saves barriers.
     """
 
     isa: str | None = None
@@ -35,6 +38,9 @@ class CpuOptions:
     winograd: bool = True
     templates: bool = True
     profile: bool = False
+    printed: Sequence[str] = ()
+    share: int | None = None
+    private_rows: bool = True
 
     def __post_init__(self) -> None:
         for isa in (*([self.isa] if self.isa is not None else []), *self.save_isas):
@@ -42,5 +48,7 @@ class CpuOptions:
                 raise OptionError(f"no instruction set is called {isa!r}{nearest(isa, ISA_FLAGS)}")
         if self.activations not in ("program", "int8"):
             raise OptionError(f"activations must be program or int8, not {self.activations!r}")
+        if self.share is not None and self.share < 1:
+            raise OptionError(f"share must be positive, not {self.share}")
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"threads must be positive, not {self.threads}")

@@ -78,7 +78,7 @@ class _Functions:
 
 def print_program(
     program: Program, schedule: Schedule, plan: Plan, weights: WeightBlock, dims: Mapping[str, int],
-    private: Private | None = None, *, profile: bool = False,
+    private: Private | None = None, *, profile: bool = False, share: int | None = None,
 ) -> SourceText:  # fmt: skip
     """The source of a scheduled program.
 
@@ -87,6 +87,7 @@ def print_program(
         dims: dimension → its place among the sizes.
         private: what workers compute for themselves with one token; `plan` was made for it.
         profile: measure each step's time, which then ends at a barrier.
+        share: innermost iterations of a kernel that a worker takes at least (None: as the kernel says).
     """
     private = private or Private()
     functions, includes, scratch = _Functions(), list(_INCLUDES), list[str]()
@@ -94,7 +95,7 @@ def print_program(
     steps: list[Step] = []
     for step in schedule.steps:
         writes, reads = touched(step)
-        made = print_kernel(step) if isinstance(step, Kernel) else print_template(step, program, weights)
+        made = print_kernel(step, share) if isinstance(step, Kernel) else print_template(step, program, weights)
         includes += [i for i in made.includes if i not in includes]
         scratch += [made.scratch] if made.scratch else []
         arguments = [pointers.argument(a) for a in made.arguments]

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ClassVar
 
 import sympy
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core.contract import Pass
+from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
 from irc.lowering.cpp.build import build, find_compiler, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
-from irc.lowering.cpu.barriers import find_private
+from irc.lowering.cpu.barriers import Private, find_private
 from irc.lowering.cpu.memory import plan_memory
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.cpu.source import dims_of, hints_of, print_program
+from irc.lowering.cpu.tuning import tune
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
 from irc.lowering.kernels.definitions import Call, Definer, definition_of
@@ -51,32 +53,23 @@ class CpuTarget(Target):
     def check(self, program: Program) -> Coverage:
         return check(program, CpuOptions())
 
+    def check_with(self, program: Program, options: Options | None) -> Coverage:
+        return check(program, read_options(CpuOptions, options, what="target cpu"))
+
     def lower(self, program: Program, options: Options | None = None) -> CpuArtifact:
         chosen = read_options(CpuOptions, options, what="target cpu")
         require_compiler()
-        check(program, chosen).require(program)
-        own, notes = fold_constants(program, _matchers(chosen))
-        schedule = make_schedule(own, _matchers(chosen))
-        _require_printable(schedule)
-        weights = WeightBlock()
-        private = find_private(schedule)
-        plan = plan_memory(schedule, hints_of(own), private.buffers)
-        printed = print_program(own, schedule, plan, weights, dims_of(own), private, profile=chosen.profile)
-        kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
-        notes.append(
-            f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
-            f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
-            f" ({printed.num_barriers_alone} with one token)"
-        )
-        manifest = _manifest(own, schedule, weights, notes)
-        if chosen.profile:
-            manifest["parts"] = list(printed.parts)
-        # The compiler runs while the weights are packed; the artifact finds what it built.
-        with ThreadPoolExecutor(1) as beside:
-            building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
-            block = weights.bytes()
-            building.result()
-        return CpuArtifact(manifest, printed.text, block, chosen, notes=notes, program=program)
+        return _lower(program, chosen, {})
+
+    def lower_tuned(
+        self, program: Program, options: Options | None, seconds: float, progress: Progress | None = None
+    ) -> CpuArtifact:
+        """As `lower`, with what is fastest here of the choices that options do not settle: see `tuning.py`."""
+        chosen = read_options(CpuOptions, options, what="target cpu")
+        require_compiler()
+        blocks: Blocks = {}
+        return tune(partial(_lower, program, blocks=blocks), program, chosen, _printable_kinds(program, chosen),
+                    seconds, progress)  # fmt: skip
 
     def default_passes(self, program: Program) -> list[Pass]:
         """Sibling layers as one, where there are any: each layer of a step costs its threads a meeting."""
@@ -90,6 +83,49 @@ class CpuTarget(Target):
         if "irc.glu" in operations:
             merges.append(MergeGateUp())
         return [*merges, *portable_passes(program)]
+
+
+Blocks = dict[tuple[tuple[str, int], ...], Tensor]
+"""Packed weights of one program, by what lies where."""
+
+
+def _lower(program: Program, chosen: CpuOptions, blocks: Blocks) -> CpuArtifact:
+    """The artifact; weights that `blocks` has are not packed again."""
+    check(program, chosen).require(program)
+    own, notes = fold_constants(program, _matchers(chosen))
+    schedule = make_schedule(own, _matchers(chosen))
+    _require_printable(schedule)
+    weights = WeightBlock()
+    private = find_private(schedule) if chosen.private_rows else Private()
+    plan = plan_memory(schedule, hints_of(own), private.buffers)
+    printed = print_program(
+        own, schedule, plan, weights, dims_of(own), private, profile=chosen.profile, share=chosen.share
+    )
+    kernels = sum(isinstance(step, Kernel) for step in schedule.steps)
+    notes.append(
+        f"{own.num_nodes} operations in {kernels} kernels ({printed.num_functions} distinct) and"
+        f" {len(schedule.steps) - kernels} template calls, {printed.num_barriers} barriers a step"
+        f" ({printed.num_barriers_alone} with one token)"
+    )
+    manifest = _manifest(own, schedule, weights, notes)
+    if chosen.profile:
+        manifest["parts"] = list(printed.parts)
+    # The compiler runs while the weights are packed; the artifact finds what it built.
+    with ThreadPoolExecutor(1) as beside:
+        building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
+        places = tuple(weights.offsets.items())
+        if places not in blocks:
+            blocks[places] = weights.bytes()
+        building.result()
+    return CpuArtifact(manifest, printed.text, blocks[places], chosen, notes=notes, program=program)
+
+
+def _printable_kinds(program: Program, options: CpuOptions) -> list[str]:
+    """Templates in use whose operations give the same numbers when they are printed (but for the order of sums)."""
+    definer = Definer(program)
+    sites = [first_match(_matchers(options), definer, node) for node in program.operations()]
+    kinds = sorted({site.kind for site in sites if site is not None})
+    return [kind for kind in kinds if kind != "quantized_matmul" or options.activations == "program"]
 
 
 def _matchers(options: CpuOptions) -> list[Any]:

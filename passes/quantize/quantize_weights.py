@@ -255,7 +255,9 @@ def _check(
     assert stored is not None
     if original.device.type == "meta":
         return None
-    rows = torch.nn.functional.pad(rows.detach(), (0, padded[1] - rows.shape[1]))
+    rows = rows.detach()
+    if padded[1] != rows.shape[1]:
+        rows = torch.nn.functional.pad(rows, (0, padded[1] - rows.shape[1]))
     if isinstance(chosen, QuantFormat) and not chosen.per_tensor:
         assert scale is not None
         worst, unit = worst_group(rows, stored, scale, zero_point, chosen, original.dtype), "steps (at most half is"

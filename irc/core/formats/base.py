@@ -188,7 +188,8 @@ class ScaledFormat(Format):
         if self.per_tensor:
             low, high = (bound.float().reshape(shape) for bound in torch.aminmax(x))
         else:
-            low, high = torch.aminmax(x.float().unflatten(-1, (shape[-1], -1)), dim=-1)
+            groups = x.float().unflatten(-1, (shape[-1], -1))
+            low, high = groups.amin(-1), groups.amax(-1)
         return self.scales_of_range(low, high, scale_dtype, self.tensor_scale_of(low.amin(), high.amax()))
 
 

@@ -14,12 +14,14 @@ def pack_nibbles(values: Tensor) -> Tensor:
     """Numbers 0 to 15 (uint8) [..., K] → bytes [..., K / 2]."""
     if values.shape[-1] % 2:
         raise OptionError(f"4-bit storage packs pairs: the last size {values.shape[-1]} is odd")
-    return values[..., 0::2] | (values[..., 1::2] << 4)
+    pairs = values.contiguous().view(torch.int16)  # even numbers in the low byte, so without strided reads
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_nibbles(stored: Tensor) -> Tensor:
     """Bytes [..., K / 2] → numbers 0 to 15 (uint8) [..., K]."""
-    return torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)
+    pairs = stored.to(torch.int16)
+    return ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
 
 
 def packed_shape(shape: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -29,8 +29,8 @@ from irc.lowering.cpp.templates.base import (
 INCLUDES = ("irc/qmatmul.h",)
 # GGUF blocks that are integers with an f16 scale, and the format that holds the same numbers.
 _PLAIN_BLOCKS = {"q4_0": "int4.g32", "q8_0": "int8.g32"}
-# Rows packed at a time: temporaries are a few times as large as the integers.
-_ROWS_AT_ONCE = 4096
+# Numbers packed at a time: temporaries, a few times as large as the integers, stay in the cache.
+_AT_ONCE = 1 << 21
 
 
 def refuses(problem: MatmulProblem, isa: str) -> str | None:
@@ -94,8 +94,9 @@ def pack(
         zero_point = zero_point.expand(problem.columns, -1)
     packed = torch.empty(packed_bytes(problem), dtype=torch.uint8)
     panels = packed.view(-(-problem.columns // PANEL), _sizes(chosen, problem.depth)[2], -1)
-    for start in range(0, problem.columns, _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    step = max(1, _AT_ONCE // problem.depth // PANEL) * PANEL
+    for start in range(0, problem.columns, step):
+        rows = slice(start, start + step)
         zero = None if zero_point is None else zero_point[rows]
         _pack_rows(panels[start // PANEL :], chosen, stored[rows], scale[rows], zero)
     return packed

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch.fx as fx
 
+from irc.core.errors import OptionError, nearest
 from irc.core.program import Program
 from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpu.options import CpuOptions
@@ -50,8 +51,16 @@ def register_site(kind: SiteKind) -> None:
 
 
 def matchers(options: CpuOptions) -> list[Matcher]:
-    """Of all kinds, in the order in which they are asked."""
-    return [partial(kind.match, options) for kind in sorted(_KINDS.values(), key=lambda k: (k.order, k.name))]
+    """Of all kinds that the options leave, in the order in which they are asked.
+
+    Raises:
+        OptionError: an unknown kind is to be printed.
+    """
+    for name in options.printed:
+        if name not in _KINDS:
+            raise OptionError(f"no kind of template is called {name!r}{nearest(name, _KINDS)}")
+    kinds = sorted(_KINDS.values(), key=lambda k: (k.order, k.name))
+    return [partial(kind.match, options) for kind in kinds if kind.name not in options.printed]
 
 
 def print_template(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
