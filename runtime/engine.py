@@ -237,7 +237,9 @@ class Engine:
         self._continue(works, logits, outputs)
         step_ms = (time.perf_counter() - started) * 1e3 - guess_ms
         if self.speculation is not None:
-            self.speculation.measured(len(inputs.tokens), step_ms)
+            # Branches cost what they cost: lengths are compared by what a step with such drafts takes altogether.
+            branches = sum(work.count for work in works if work.branch)
+            self.speculation.measured(len(inputs.tokens) - branches, step_ms)
         self.stats.steps += 1
         self.stats.computed_tokens += len(inputs.tokens)
         self.stats.model_ms += model_ms + guess_ms
