@@ -69,8 +69,9 @@ def serve(
     serve_forever(
         Serving(
             compiled, name=name or loaded.name, draft=draft_of(draft, draft_target or target),
-            memory_bytes=read_bytes(memory), max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
-            max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key, folder=_folder(model),
+            memory_bytes=read_bytes(memory), max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+            max_requests=max_requests, max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key,
+            folder=_folder(model),
         ),
         host=host, port=port,
     )  # fmt: skip
