@@ -268,32 +268,66 @@ def of_135m(target: str) -> PagedModel:
 
 
 async def drive_server(url: str, model: str, key: str, count: int, concurrency: int, new_tokens: int) -> dict[str, Any]:
-    """The same client for every server: streamed completions, `concurrency` at a time."""
+    """The same client for every server: streamed completions, `concurrency` at a time.
+
+    Tokens are those that the server reports at the end of a stream, or else the events that carry text.
+    """
     import httpx
 
     gate, timings = asyncio.Semaphore(concurrency), list[Timing]()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(timeout=None, headers=headers, limits=httpx.Limits(max_connections=None)) as client:
+        known = await client.get(f"{url}/v1/models")
+        known.raise_for_status()
+        name = model or known.json()["data"][0]["id"]
 
         async def one(number: int) -> None:
             body = {
-                "model": model, "prompt": f"def function_{number}(self, value):\n    ", "max_tokens": new_tokens,
-                "temperature": 0, "stream": True,
+                "model": name, "prompt": f"def function_{number}(self, value):\n    ", "max_tokens": new_tokens,
+                "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
             }  # fmt: skip
             async with gate:
                 timing = Timing(time.perf_counter())
                 async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
                     answer.raise_for_status()
-                    async for text in answer.aiter_lines():
-                        if text.startswith("data: {"):
-                            timing.last = time.perf_counter()
-                            timing.first = timing.first or timing.last
-                            timing.tokens += 1
+                    async for line in answer.aiter_lines():
+                        if line.startswith("data: {"):
+                            note(timing, json.loads(line.removeprefix("data: ")))
                 timings.append(timing)
 
         started = time.perf_counter()
         await asyncio.gather(*(one(n) for n in range(count)))
         return summary(timings, time.perf_counter() - started)
+
+
+def note(timing: Timing, event: dict[str, Any]) -> None:
+    """What one event of a stream says."""
+    if event.get("choices"):
+        timing.last = time.perf_counter()
+        timing.first = timing.first or timing.last
+        timing.tokens += 1
+    if event.get("usage"):
+        timing.tokens = event["usage"]["completion_tokens"]
+
+
+def driven(given: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a server, in the table of the field's benchmarks."""
+    import httpx
+
+    try:
+        made = asyncio.run(
+            drive_server(given.url.rstrip("/"), given.model, given.key, given.requests, given.concurrency, given.tokens)
+        )
+    except httpx.HTTPError as error:
+        sys.exit(f"{given.url} cannot be measured: {error or type(error).__name__}")
+    print(
+        f"{given.url}: {made['requests']} requests, {given.concurrency} at once, {given.tokens} tokens each:"
+        f" {made['tokens_per_second']:.0f} tok/s, {made['requests_per_second']:.1f} requests/s"
+    )
+    for name in ("ttft_ms", "tpot_ms"):
+        figures = ", ".join(f"{key} {value:.1f}" for key, value in made[name].items())
+        print(f"  {name.split('_')[0].upper()} in ms: {figures}")
+    return made
 
 
 def main() -> None:
@@ -305,7 +339,7 @@ def main() -> None:
     parser.add_argument("--draft-target", choices=["reference", "cpu"], help="of the draft model; default: --target")
     parser.add_argument("--threads", type=int, help="of PyTorch and of the cpu target; default: PyTorch's choice")
     parser.add_argument("--url", help="drive a server instead")
-    parser.add_argument("--model", default="", help="of the server")
+    parser.add_argument("--model", default="", help="of the server; default: the first that it names")
     parser.add_argument("--key", default="", help="of the server")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=32)
@@ -315,11 +349,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "target": given.target}
     if given.url:
-        made = asyncio.run(
-            drive_server(given.url, given.model, given.key, given.requests, given.concurrency, given.tokens)
-        )
-        print(json.dumps(made, indent=2))
-        result["server"] = made
+        result["server"] = driven(given)
     else:
         gc.collect()
         gc.freeze()  # as a server does: what was loaded stays, and collections need not walk it
