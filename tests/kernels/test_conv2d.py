@@ -39,7 +39,7 @@ CASES = (
     (ConvProblem(channels=600, out_channels=70, kernel=(2, 2), padding=(1, 1)), 4, 5),
     (ConvProblem(channels=48, out_channels=70, kernel=(3, 3), padding=(1, 1), winograd=True), 11, 14),
     (ConvProblem(channels=272, out_channels=40, kernel=(3, 3), padding=(0, 2), winograd=True), 5, 3),
-    (ConvProblem(channels=34, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
+    (ConvProblem(channels=66, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
 )
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -87,7 +87,7 @@ IRC_INLINE void dot_bytes(i32x16& sum, const uint8_t* weights, const uint8_t* fo
 struct IntegerProduct {
     using Sum = int32_t;
     using Sums = i32x16;
-    static constexpr int64_t block = 2 * gemm_depth;
+    static constexpr int64_t block = 3 * gemm_depth;
     const float* scales;
     const int32_t* corrections;
 

@@ -136,7 +136,10 @@ struct RowsInPlace {
         return channels % (parts * Product::step) == 0 ? channels / parts : 0;
     }
     static bool fits(const ConvShape& shape, const Product& product) {
-        return product.inputs.in_place() && piece_of(shape) >= Product::block / conv_pieces;
+        static_assert(Product::block <= conv_pieces * 32 * Product::step, "a block of pieces fits `rows`");
+        // Short pieces cost more than copies: a tile starts anew with each.
+        const int64_t steps = shape.kernel_y * shape.kernel_x == 1 ? 8 : 32;
+        return product.inputs.in_place() && piece_of(shape) >= steps * Product::step;
     }
     static int64_t length_of(const ConvShape& shape, int64_t place) {
         const int64_t piece = piece_of(shape), all = shape.places() / piece;
