@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import sys
@@ -68,9 +69,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ---------------------------------------------------------------- the engine
 
 
-def prompts_of(count: int, vocabulary: int, length: int = 32) -> list[list[int]]:
+def prompts_of(count: int, vocabulary: int, length: int = 32, spread: int = 0) -> list[list[int]]:
+    """Random tokens; lengths from `length` - `spread` to `length` + `spread`."""
     generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
+    prompts = torch.randint(0, vocabulary, (count, length + spread), generator=generator).tolist()
+    return [prompt[: length - spread + index % (2 * spread + 1)] for index, prompt in enumerate(prompts)]
 
 
 def serve_all(
@@ -98,23 +101,26 @@ def serve_all(
 
 def throughput(name: str, model: PagedModel, *, rounds: int, new_tokens: int, alone: int) -> dict[str, Any]:
     """32 at once against one at a time, in turns."""
-    prompts = prompts_of(32, model.vocabulary_size)
+    prompts = prompts_of(32, model.vocabulary_size, spread=8)
     serve_all(model, prompts[:4], 4, 4)
-    ratios, overheads, last = [], [], dict[str, Any]()
+    ratios, overheads, choosing, last = [], [], [], dict[str, Any]()
     for _ in range(rounds):
         single, _ = serve_all(model, prompts[:alone], new_tokens, 1)
         many, engine = serve_all(model, prompts, new_tokens, 32)
         ratios.append(many["tokens_per_second"] / single["tokens_per_second"])
         overheads.append(engine.stats.overhead_ms / engine.stats.steps)
+        choosing.append(engine.stats.choosing_ms / engine.stats.steps)
         last = {"one": single, "many": many}
     result = {
         "model": name, "ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)],
-        "overhead_ms": statistics.median(overheads), "overhead_spread": [min(overheads), max(overheads)], **last,
+        "overhead_ms": statistics.median(overheads), "overhead_spread": [min(overheads), max(overheads)],
+        "choosing_ms": statistics.median(choosing), **last,
     }  # fmt: skip
     print(
         f"{name}: 32 at once {last['many']['tokens_per_second']:.0f} tok/s, one at a time"
         f" {last['one']['tokens_per_second']:.0f}: {result['ratio']:.2f} × ({min(ratios):.2f}–{max(ratios):.2f});"
-        f" overhead {result['overhead_ms']:.3f} ms a step ({min(overheads):.3f}–{max(overheads):.3f});"
+        f" overhead {result['overhead_ms']:.3f} ms a step ({min(overheads):.3f}–{max(overheads):.3f}),"
+        f" choosing tokens {result['choosing_ms']:.3f} ms;"
         f" TTFT p50 {last['many']['ttft_ms']['p50']:.0f} ms, TPOT p50 {last['many']['tpot_ms']['p50']:.1f} ms"
     )
     return result
@@ -138,7 +144,7 @@ def overhead(model: PagedModel, *, rounds: int, batch: int = 32, new_tokens: int
     found = []
     for _ in range(rounds):
         engine = Engine(Instant(model), EngineOptions(max_sequences=batch))  # type: ignore[arg-type]
-        for prompt in prompts_of(batch, model.vocabulary_size, 8):
+        for prompt in prompts_of(batch, model.vocabulary_size, 16, spread=8):
             engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
         engine.step()
         started, steps = time.thread_time(), engine.stats.steps
@@ -156,26 +162,33 @@ def overhead(model: PagedModel, *, rounds: int, batch: int = 32, new_tokens: int
 # ---------------------------------------------------------------- speculation
 
 
-def generated(
-    model: PagedModel, prompts: Sequence[list[int]], new_tokens: int, speculation: Speculation | None
-) -> float:
-    """Tokens per second, one prompt at a time."""
-    return serve_all(model, prompts, new_tokens, 1, speculation)[0]["tokens_per_second"]
+def decoding(model: PagedModel, prompt: list[int], new_tokens: int, speculation: Speculation | None) -> float:
+    """Milliseconds a token behind the first one, which reading the prompt gives."""
+    return serve_all(model, [prompt], new_tokens, 1, speculation)[0]["tpot_ms"]["mean"]
 
 
 def speculated(
     name: str, model: PagedModel, prompts: Sequence[list[int]], make: Callable[[], Speculation], *, rounds: int,
     new_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Speed-up at batch 1, in turns with plain decoding; one controller lives through all rounds, as in a server."""
+    """Speed-up of decoding (TPOT) at batch 1, in turns with plain decoding prompt by prompt.
+
+    One controller lives through all rounds, as in a server.
+    """
     speculation, ratios = make(), []
-    generated(model, prompts[:1], 8, None)
-    for _ in range(rounds):
-        plain = generated(model, prompts, new_tokens, None)
-        ratios.append(generated(model, prompts, new_tokens, speculation) / plain)
+    decoding(model, prompts[0], 8, None)
+    for turn in range(rounds):
+        plain = guessed = 0.0
+        for index, prompt in enumerate(prompts):
+            if (turn + index) % 2:
+                guessed += decoding(model, prompt, new_tokens, speculation)
+            plain += decoding(model, prompt, new_tokens, None)
+            if (turn + index) % 2 == 0:
+                guessed += decoding(model, prompt, new_tokens, speculation)
+        ratios.append(plain / guessed)
     stats, controller = speculation.stats, speculation.controller
     rate = stats.acceptance_rate
-    predicted = controller.predicted(rate)
+    predicted = controller.predicted(stats.alpha)
     result = {
         "task": name, "speedup": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
         "acceptance_rate": rate, "tokens_per_step": stats.tokens_per_step, "predicted": predicted,
@@ -255,32 +268,66 @@ def of_135m(target: str) -> PagedModel:
 
 
 async def drive_server(url: str, model: str, key: str, count: int, concurrency: int, new_tokens: int) -> dict[str, Any]:
-    """The same client for every server: streamed completions, `concurrency` at a time."""
+    """The same client for every server: streamed completions, `concurrency` at a time.
+
+    Tokens are those that the server reports at the end of a stream, or else the events that carry text.
+    """
     import httpx
 
     gate, timings = asyncio.Semaphore(concurrency), list[Timing]()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(timeout=None, headers=headers, limits=httpx.Limits(max_connections=None)) as client:
+        known = await client.get(f"{url}/v1/models")
+        known.raise_for_status()
+        name = model or known.json()["data"][0]["id"]
 
         async def one(number: int) -> None:
             body = {
-                "model": model, "prompt": f"def function_{number}(self, value):\n    ", "max_tokens": new_tokens,
-                "temperature": 0, "stream": True,
+                "model": name, "prompt": f"def function_{number}(self, value):\n    ", "max_tokens": new_tokens,
+                "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
             }  # fmt: skip
             async with gate:
                 timing = Timing(time.perf_counter())
                 async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
                     answer.raise_for_status()
-                    async for text in answer.aiter_lines():
-                        if text.startswith("data: {"):
-                            timing.last = time.perf_counter()
-                            timing.first = timing.first or timing.last
-                            timing.tokens += 1
+                    async for line in answer.aiter_lines():
+                        if line.startswith("data: {"):
+                            note(timing, json.loads(line.removeprefix("data: ")))
                 timings.append(timing)
 
         started = time.perf_counter()
         await asyncio.gather(*(one(n) for n in range(count)))
         return summary(timings, time.perf_counter() - started)
+
+
+def note(timing: Timing, event: dict[str, Any]) -> None:
+    """What one event of a stream says."""
+    if event.get("choices"):
+        timing.last = time.perf_counter()
+        timing.first = timing.first or timing.last
+        timing.tokens += 1
+    if event.get("usage"):
+        timing.tokens = event["usage"]["completion_tokens"]
+
+
+def driven(given: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a server, in the table of the field's benchmarks."""
+    import httpx
+
+    try:
+        made = asyncio.run(
+            drive_server(given.url.rstrip("/"), given.model, given.key, given.requests, given.concurrency, given.tokens)
+        )
+    except httpx.HTTPError as error:
+        sys.exit(f"{given.url} cannot be measured: {error or type(error).__name__}")
+    print(
+        f"{given.url}: {made['requests']} requests, {given.concurrency} at once, {given.tokens} tokens each:"
+        f" {made['tokens_per_second']:.0f} tok/s, {made['requests_per_second']:.1f} requests/s"
+    )
+    for name in ("ttft_ms", "tpot_ms"):
+        figures = ", ".join(f"{key} {value:.1f}" for key, value in made[name].items())
+        print(f"  {name.split('_')[0].upper()} in ms: {figures}")
+    return made
 
 
 def main() -> None:
@@ -290,21 +337,22 @@ def main() -> None:
     parser.add_argument("--only", choices=["demo", "135m", "speculation"], help="one part")
     parser.add_argument("--target", default="reference", choices=["reference", "cpu"])
     parser.add_argument("--draft-target", choices=["reference", "cpu"], help="of the draft model; default: --target")
+    parser.add_argument("--threads", type=int, help="of PyTorch and of the cpu target; default: PyTorch's choice")
     parser.add_argument("--url", help="drive a server instead")
-    parser.add_argument("--model", default="", help="of the server")
+    parser.add_argument("--model", default="", help="of the server; default: the first that it names")
     parser.add_argument("--key", default="", help="of the server")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
     given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
     result: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "target": given.target}
     if given.url:
-        made = asyncio.run(
-            drive_server(given.url, given.model, given.key, given.requests, given.concurrency, given.tokens)
-        )
-        print(json.dumps(made, indent=2))
-        result["server"] = made
+        result["server"] = driven(given)
     else:
+        gc.collect()
+        gc.freeze()  # as a server does: what was loaded stays, and collections need not walk it
         rounds, tokens = (1, 24) if given.quick else (5, given.tokens)
         if given.only in (None, "demo"):
             result["overhead"] = overhead(demo("tinypy", given.target), rounds=5)

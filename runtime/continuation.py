@@ -27,7 +27,7 @@ def continued(
         sequence.ids.append(token)
         output.token_ids.append(token)
         if request.logprobs is not None:
-            output.logprobs.append(_logprobs(logits[row + index], token, request.logprobs))
+            output.logprobs = (*output.logprobs, _logprobs(logits[row + index], token, request.logprobs))
         if sequence.text is not None:
             output.text += sequence.text.push(token)
         reason = _reason(sequence, token, max_length)

@@ -13,7 +13,7 @@ tokens alone, in any batch, after preemption, with or without prefix cache and s
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from irc.core.errors import OptionError
 from irc.core.paged import PagedModel, StepInputs
 from irc.runtime.block_manager import BlockManager
+from irc.runtime.branches import MOST_ROWS as MOST_BRANCHES
 from irc.runtime.continuation import continued
 from irc.runtime.requests import Output, Request, SequenceState
 from irc.runtime.results import FinishReason
@@ -29,7 +30,7 @@ from irc.runtime.sampling import likeliest
 from irc.runtime.scheduler import Scheduler, Work
 from irc.runtime.speculation.acceptance import accept_greedy
 from irc.runtime.speculation.speculation import Speculation
-from irc.runtime.speculation.verification import verified
+from irc.runtime.speculation.verification import Path, verified
 from irc.runtime.step_inputs import StepBuilder
 
 _DEFAULT_MEMORY = 1 << 30
@@ -65,10 +66,11 @@ class EngineOptions:
 
 @dataclass
 class EngineStats:
-    """Totals since the engine was made. Times are of the steps: inside the model, and in Python around it."""
+    """Totals since the engine was made. Times are of steps: in the model, choosing tokens, and Python around both."""
 
     steps: int = 0
     model_ms: float = 0.0
+    choosing_ms: float = 0.0
     overhead_ms: float = 0.0
     computed_tokens: int = 0
     new_tokens: int = 0
@@ -102,7 +104,7 @@ class Engine:
             self.blocks, max_tokens=self.options.max_batch_tokens, max_sequences=most,
             prefill_chunk=self.options.prefill_chunk,
         )  # fmt: skip
-        self._builder = StepBuilder(model.block_size, most, per_sequence)
+        self._builder = StepBuilder(model.block_size, most + MOST_BRANCHES, per_sequence)
         self._pages = model.new_pages(self.num_blocks)
         self._live: dict[int, _Live] = {}
         self._count = 0
@@ -220,24 +222,28 @@ class Engine:
         outputs: list[Output] = []
         if self._num_deadlines:
             self._expire(outputs)
-        guess_ms = self._guess() if self.speculation is not None else 0.0
+        guess_ms = 0.0
+        if self.speculation is not None and not self.speculation.rests(len(self.scheduler.running)):
+            guess_ms = self._guess()
         works = self.scheduler.plan()
         if not works:
             return outputs
         if self.scheduler.copies:
             self.model.copy_blocks(self._pages, *map(list, zip(*self.scheduler.copies, strict=True)))
-        inputs = self._builder.build(works)
-        before = time.perf_counter()
+        inputs = self._builder.build(works, self.scheduler.crossed if self.scheduler.settled else None)
+        before, chosen_before = time.perf_counter(), self.stats.choosing_ms
         works, logits = self._run(works, inputs, outputs)
         model_ms = (time.perf_counter() - before) * 1e3
+        self._continue(works, logits, outputs)
+        step_ms = (time.perf_counter() - started) * 1e3 - guess_ms
         if self.speculation is not None:
-            self.speculation.measured(len(inputs.tokens), model_ms)
-        for work, row, tokens in self._chosen(works, logits, outputs):
-            self._advance(work, row, tokens, logits, outputs)
+            # Branches cost what they cost: lengths are compared by what a step with such drafts takes altogether.
+            branches = sum(work.count for work in works if work.branch)
+            self.speculation.measured(len(inputs.tokens) - branches, step_ms)
         self.stats.steps += 1
         self.stats.computed_tokens += len(inputs.tokens)
         self.stats.model_ms += model_ms + guess_ms
-        self.stats.overhead_ms += (time.perf_counter() - started) * 1e3 - model_ms - guess_ms
+        self.stats.overhead_ms += step_ms - model_ms - (self.stats.choosing_ms - chosen_before)
         return outputs
 
     def _expire(self, outputs: list[Output]) -> None:
@@ -250,7 +256,8 @@ class Engine:
     def _guess(self) -> float:
         assert self.speculation is not None
         started = time.perf_counter()
-        self.speculation.propose([s for s in self.scheduler.running if s.decoding], self.model.max_length)
+        if self.speculation.propose([s for s in self.scheduler.running if s.decoding], self.model.max_length):
+            self.scheduler.unsettle()
         return (time.perf_counter() - started) * 1e3
 
     def _run(self, works: list[Work], inputs: StepInputs, outputs: list[Output]) -> tuple[list[Work], Tensor]:
@@ -258,7 +265,9 @@ class Engine:
         try:
             return works, self.model.paged_step(self._pages, inputs)
         except Exception as error:
-            if len(works) == 1:
+            works = [work for work in works if not work.branch]
+            self.scheduler.branches.end()
+            if len(works) == 1 == len(inputs.block_tables):
                 self._fail(works[0].sequence, error, outputs)
                 return [], torch.empty(0, self.model.vocabulary_size)
         done, parts = [], []
@@ -275,61 +284,95 @@ class Engine:
 
     # ---------------------------------------------------------------- tokens
 
-    def _chosen(
-        self, works: list[Work], logits: Tensor, outputs: list[Output]
-    ) -> Iterator[tuple[Work, int, list[int]]]:
-        """For each piece of work its first row of logits and the tokens that follow (none: a part of a prompt)."""
+    def _continue(self, works: list[Work], logits: Tensor, outputs: list[Output]) -> None:
+        """Choose the tokens that follow, for every sequence whose last token was computed, and add them."""
         rows: list[tuple[Work, int]] = []
+        first_rows = dict[SequenceState, int]()
         count = 0
+        if self.scheduler.settled and len(works) == len(logits):
+            rows, works = list(zip(works, range(len(works)), strict=True)), []
         for work in works:
             sequence = work.sequence
             if sequence.num_computed + work.count < len(sequence.ids) + len(sequence.draft):
-                self.scheduler.computed(sequence, work.count)
+                self.scheduler.computed(sequence, work.count)  # a part of a prompt
                 continue
-            rows.append((work, count))
+            if work.branch:
+                first_rows[sequence] = count
+            else:
+                rows.append((work, count))
             count += 1 + len(sequence.draft)
-        if all(work.sequence.plain for work, _ in rows):
-            best = likeliest(logits) if rows else []
-            for work, first in rows:
-                draft = work.sequence.draft
-                yield work, first, accept_greedy(draft, best[first:]) if draft else [best[first]]
-            return
-        sequences = [work.sequence for work, _ in rows]
-        for (work, first), tokens in zip(
-            rows, verified(logits, sequences, self._allowed(sequences, outputs)), strict=True
-        ):
-            if work.sequence.finish_reason is None:
-                yield work, first, tokens
+        if first_rows:
+            self._continue_trees(rows, first_rows, logits, outputs)
+            self.scheduler.branches.end()
+        elif all(work.sequence.plain for work, _ in rows):
+            self._continue_plain(rows, logits, outputs)
+        else:
+            self._continue_trees(rows, first_rows, logits, outputs)
 
-    def _allowed(self, sequences: list[SequenceState], outputs: list[Output]) -> list[list[Tensor | None]]:
-        """What the constraints allow in each row; a constraint that fails ends its own request only."""
-        allowed: list[list[Tensor | None]] = []
-        for sequence in sequences:
-            masks: list[Tensor | None] = [None] * (1 + len(sequence.draft))
-            if sequence.constraint is not None:
-                try:
-                    masks = sequence.constraint.masks(sequence.draft)
-                except Exception as error:
-                    self._fail(sequence, error, outputs)
-            allowed.append(masks)
+    def _continue_plain(self, rows: list[tuple[Work, int]], logits: Tensor, outputs: list[Output]) -> None:
+        """The same where the likeliest token is wanted of all. Nearly every step is one, so it is worth being quick."""
+        started = time.perf_counter()
+        best = likeliest(logits) if rows else []
+        self.stats.choosing_ms += (time.perf_counter() - started) * 1e3
+        served, quick = self.scheduler.served, 0
+        for work, row in rows:
+            sequence, token = work.sequence, best[row]
+            if sequence.draft:
+                self._advance(work, row, accept_greedy(sequence.draft, best[row:]), logits, outputs)
+            elif sequence.goes_on(token):
+                quick += 1
+                sequence.ids.append(token)
+                served[sequence.request.client] += 1
+                self.scheduler.computed(sequence, work.count)
+                outputs.append(Output(sequence.request_id, sequence.sample, [token]))
+            else:
+                self._advance(work, row, [token], logits, outputs)
+        self.stats.new_tokens += quick
+
+    def _continue_trees(
+        self, rows: list[tuple[Work, int]], first_rows: Mapping[SequenceState, int], logits: Tensor,
+        outputs: list[Output],
+    ) -> None:  # fmt: skip
+        """The same for any sequences, those with branches among them; `first_rows` has the branches' rows of logits."""
+        branches = self.scheduler.branches
+        paths = [
+            [Path(work.sequence, row), *(Path(branch, first_rows[branch]) for branch in branches.of(work.sequence))]
+            for work, row in rows
+        ]
+        allowed, started = [self._allowed(found, outputs) for found in paths], time.perf_counter()
+        chosen = verified(logits, paths, allowed)
+        self.stats.choosing_ms += (time.perf_counter() - started) * 1e3
+        for (work, _), found, (tokens, winner) in zip(rows, paths, chosen, strict=True):
+            if work.sequence.finish_reason is None:
+                if winner > 0:
+                    branches.adopt(work.sequence, found[winner].sequence)
+                self._advance(work, found[winner].row, tokens, logits, outputs, found[winner].sequence)
+
+    def _allowed(self, paths: Sequence[Path], outputs: list[Output]) -> list[list[Tensor | None]]:
+        """What a sequence's constraint allows in each row of its paths; one that fails ends its own request only."""
+        allowed: list[list[Tensor | None]] = [[None] * (1 + len(path.sequence.draft)) for path in paths]
+        sequence = paths[0].sequence
+        if sequence.constraint is not None:
+            try:
+                return [sequence.constraint.masks(path.sequence.draft) for path in paths]
+            except Exception as error:
+                self._fail(sequence, error, outputs)
         return allowed
 
-    def _advance(self, work: Work, row: int, tokens: list[int], logits: Tensor, outputs: list[Output]) -> None:
-        """Add the tokens of one sequence, and split off further samples of its prompt."""
+    def _advance(
+        self, work: Work, row: int, tokens: list[int], logits: Tensor, outputs: list[Output],
+        path: SequenceState | None = None,
+    ) -> None:  # fmt: skip
+        """Add the tokens of one sequence, which a path of its guesses led to, and split off samples of its prompt."""
         sequence = work.sequence
         drafted = len(sequence.draft)
-        if not drafted and sequence.goes_on(tokens[0]):  # nearly always, and worth being quick
-            sequence.ids.append(tokens[0])
-            self.stats.new_tokens += 1
-            self.scheduler.served[sequence.request.client] += 1
-            self.scheduler.computed(sequence, work.count)
-            outputs.append(Output(sequence.request_id, sequence.sample, tokens))
-            return
         computed = work.count - drafted + len(tokens) - 1
         if drafted:
             if self.speculation is not None:
-                self.speculation.verified(sequence, drafted, len(tokens) - 1)
-            sequence.draft, sequence.draft_probs = [], None
+                guessed = drafted if path is None else len(path.draft)
+                branch = path is not None and path is not sequence
+                self.speculation.verified(sequence, guessed, len(tokens) - 1, branch)
+            sequence.drop_draft()
         if sequence.pending_samples:
             self._split(sequence, computed, row, logits, outputs)
             computed = 0
@@ -348,7 +391,9 @@ class Engine:
         for child in children:
             self.scheduler.fork(first, child)
         several = logits[row : row + 1].expand(count, -1)
-        for child, tokens in zip(children, verified(several, children, self._allowed(children, outputs)), strict=True):
+        paths = [[Path(child, index)] for index, child in enumerate(children)]
+        chosen = verified(several, paths, [self._allowed(path, outputs) for path in paths])
+        for child, (tokens, _) in zip(children, chosen, strict=True):
             if child.finish_reason is None:
                 self._append(child, tokens, 0, logits, row, outputs)
 

@@ -93,9 +93,23 @@ class Output:
     token_ids: list[int]
     text: str = ""
     finish_reason: FinishReason | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: Sequence[TokenLogprobs] = ()
     error: str = ""
     end_token: int | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Tokens that may follow a sequence, and the probabilities [k, V] they were drawn from (None: not drawn).
+
+    Attributes:
+        branches: other ways to go on, from the sequence's last token too. Where several begin alike, those that go on
+            there were drawn one after the other without those before: first this one's token, then those of branches.
+    """
+
+    tokens: list[int]
+    probabilities: torch.Tensor | None = None
+    branches: tuple[Proposal, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +128,7 @@ class SequenceState:
         moved: the row has to be written again.
         shared: its last block may be another sequence's too.
         draft: proposed tokens behind `ids`, to be verified in the next step.
+        branches: other proposals, to be verified beside it.
         pending_samples: further samples to be split off when the prompt has been read.
     """
 
@@ -138,6 +153,7 @@ class SequenceState:
     moved: bool = True
     draft: list[int] = field(default_factory=list)
     draft_probs: torch.Tensor | None = None
+    branches: Sequence[Proposal] = ()
     pending_samples: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -151,6 +167,10 @@ class SequenceState:
     def goes_on(self, token: int) -> bool:
         """Whether a token is simply one more: nothing is to be made of it, and it ends nothing."""
         return self.quick and len(self.ids) < self.longest and token not in self.ends and not self.pending_samples
+
+    def drop_draft(self) -> None:
+        """Nothing is guessed of it any more."""
+        self.draft, self.draft_probs, self.branches = [], None, ()
 
     @property
     def order(self) -> tuple[int, int, int]:

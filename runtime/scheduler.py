@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from irc.runtime.block_manager import BlockManager
+from irc.runtime.branches import Branches
 from irc.runtime.requests import SequenceState
 
 
 @dataclass(slots=True)
 class Work:
-    """Tokens `ids + draft` of a sequence at positions num_computed to num_computed + count."""
+    """Tokens `ids + draft` of a sequence at positions num_computed to num_computed + count.
+
+    Attributes:
+        branch: of the sequence of an earlier piece of work.
+    """
 
     sequence: SequenceState
     count: int
+    branch: bool = False
 
 
 class Scheduler:
@@ -31,6 +38,10 @@ class Scheduler:
         running: in order; each holds blocks and a row of the block tables.
         waiting: in order of arrival.
         copies: (source, target) blocks to be copied before the step runs.
+        branches: of the step's sequences; the rows of block tables behind `max_sequences` are theirs.
+        settled: the plan is that of the step before, in which every running sequence got one token; nothing has come,
+            gone or been guessed since.
+        crossed: where the plan is settled, the indices of its works whose token begins a block.
     """
 
     def __init__(self, blocks: BlockManager, *, max_tokens: int, max_sequences: int, prefill_chunk: int | None) -> None:
@@ -43,12 +54,21 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_hits = 0
         self._rows = list(range(max_sequences))[::-1]
+        self.branches = Branches(blocks, max_sequences)
+        self.settled = False
+        self.crossed: Sequence[int] = ()
+        self._same: list[Work] = []
+        self._crossings: dict[int, list[int]] = {}  # by the step from here, and every block_size-th behind it
+        self._phase = 0
 
     # ---------------------------------------------------------------- the plan
 
     def plan(self) -> list[Work]:
         """Work of the next step; every sequence in it has the blocks that it writes to, to itself alone."""
         self.copies.clear()
+        self.settled = bool(self._same) and not self.waiting and self._go_on()
+        if self.settled:
+            return self._same
         if self.waiting and self.running:
             self._yield_to_urgent()
         budget, works, index, size = self.max_tokens, list[Work](), 0, self.blocks.block_size
@@ -73,12 +93,52 @@ class Scheduler:
             works.append(Work(sequence, count))
             budget -= count
         if self.waiting and budget > 0:
-            self._admit(works, budget)
+            budget = self._admit(works, budget)
+        for work in works[: len(self.running)]:
+            if work.sequence.branches:
+                budget = self._fork_branches(work.sequence, works, budget)
+        self._settle(works)
         return works
+
+    def _fork_branches(self, sequence: SequenceState, works: list[Work], budget: int) -> int:
+        """Add the work on a sequence's branches; the budget that is left."""
+        branches, copies = self.branches.fork(sequence, budget)
+        self.copies += copies
+        works += [Work(branch, 1 + len(branch.draft), branch=True) for branch in branches]
+        return budget - sum(1 + len(branch.draft) for branch in branches)
+
+    def _settle(self, works: list[Work]) -> None:
+        """Keep a plan in which all decode: until something else is to be done, only blocks that fill need a look."""
+        self.unsettle()
+        if self.waiting or len(works) != len(self.running):
+            return
+        size, crossings = self.blocks.block_size, dict[int, list[int]]()
+        for index, work in enumerate(works):
+            sequence = work.sequence
+            if work.count != 1 or sequence.num_computed + 1 != len(sequence.ids) or sequence.shared:
+                return
+            crossings.setdefault(-(sequence.num_computed + 1) % size, []).append(index)
+        self._same, self._crossings, self._phase = works, crossings, -1
+
+    def _go_on(self) -> bool:
+        """One token further with the same plan; False: a block is missing."""
+        size = self.blocks.block_size
+        self._phase = (self._phase + 1) % size
+        self.crossed = self._crossings.get(self._phase, ())
+        for index in self.crossed:
+            sequence = self._same[index].sequence
+            if sequence.num_computed == len(sequence.blocks) * size and not self._extend(sequence, 1):
+                self.unsettle()
+                return False
+        return True
+
+    def unsettle(self) -> None:
+        """Something else than one more token of each running sequence is to be done."""
+        self._same = []
 
     def _chunk(self, sequence: SequenceState, budget: int) -> int:
         """Fewer tokens than the sequence has left: no more than the budget and a chunk of prefill; no draft then."""
-        sequence.draft, sequence.draft_probs = [], None
+        sequence.drop_draft()
         left = len(sequence.ids) - sequence.num_computed
         limit = budget if self.prefill_chunk is None else min(budget, self.prefill_chunk)
         return min(left, limit)
@@ -92,7 +152,8 @@ class Scheduler:
                 return
             self.preempt(self.running[-1])
 
-    def _admit(self, works: list[Work], budget: int) -> None:
+    def _admit(self, works: list[Work], budget: int) -> int:
+        """Let waiting sequences in while there is room; the budget that is left."""
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = min(self.waiting, key=self._turn)
             sequence.blocks, sequence.contents = self.blocks.match(sequence.ids)
@@ -103,13 +164,14 @@ class Scheduler:
             if found is None:
                 self.blocks.release(sequence.blocks)
                 sequence.blocks, sequence.contents, sequence.num_computed = [], [], 0
-                return
+                break
             self.prefix_hits += sequence.num_computed
             sequence.blocks += found
             self.waiting.remove(sequence)
             self._enter(sequence)
             works.append(Work(sequence, count))
             budget -= count
+        return budget
 
     def _turn(self, sequence: SequenceState) -> tuple[int, int, int, int]:
         request = sequence.request
@@ -125,7 +187,7 @@ class Scheduler:
                 return count
             if sequence.draft:
                 count -= len(sequence.draft)  # a guess is not worth another one's place
-                sequence.draft, sequence.draft_probs = [], None
+                sequence.drop_draft()
                 continue
             last = self.running[-1]
             self.preempt(last)
@@ -158,6 +220,7 @@ class Scheduler:
     # ---------------------------------------------------------------- coming and going
 
     def _enter(self, sequence: SequenceState) -> None:
+        self.unsettle()
         sequence.row, sequence.moved = self._rows.pop(), True
         bisect.insort(self.running, sequence, key=lambda s: s.order)
 
@@ -171,6 +234,7 @@ class Scheduler:
     def leave(self, sequence: SequenceState) -> None:
         """Remove a sequence from wherever it is, and give its blocks back."""
         if sequence.row >= 0:
+            self.unsettle()
             self.running.remove(sequence)
             self._rows.append(sequence.row)
             sequence.row = -1
@@ -178,7 +242,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.blocks.release(sequence.blocks)
         sequence.blocks, sequence.contents, sequence.num_computed = [], [], 0
-        sequence.draft, sequence.draft_probs, sequence.shared = [], None, False
+        sequence.drop_draft()
+        sequence.shared = False
 
     def fork(self, parent: SequenceState, child: SequenceState) -> None:
         """A further sample of a prompt that has been read: shares its blocks if there is a place, else waits."""

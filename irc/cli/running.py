@@ -9,7 +9,7 @@ import typer
 
 from irc.cli.models import load_calibration, load_model
 from irc.cli.programs import CalibrationOption, Model, ResumeOption, Verify, VerifyOption
-from irc.cli.serving import DraftOption, draft_of
+from irc.cli.serving import DraftOption, DraftTargetOption, draft_of
 
 
 def register(app: typer.Typer) -> None:
@@ -74,6 +74,7 @@ def generate(
     target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
     passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
     draft: DraftOption = None,
+    draft_target: DraftTargetOption = None,
     verify: VerifyOption = Verify.OFF,
 ) -> None:
     """Generate text from prompts.
@@ -84,7 +85,7 @@ def generate(
 
         irc generate demo --prompt 'import os' --prompt 'class Queue' --temperature 0.8 --top-p 0.95 --seed 1
 
-        irc generate demo --prompt 'import os' --target cpu --draft draft
+        irc generate demo --prompt 'import os' --draft draft --draft-target cpu
     """
     from irc.compiler import compile as compile_model
     from irc.core.errors import OptionError
@@ -106,7 +107,7 @@ def generate(
 
     result = compiled.generate(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        stream=show, draft=draft_of(draft, target),
+        stream=show, draft=draft_of(draft, draft_target or target),
     )  # fmt: skip
     if streaming:
         typer.echo("")

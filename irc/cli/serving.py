@@ -19,6 +19,9 @@ Passes = Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; de
 DraftOption = Annotated[
     str | None, typer.Option("--draft", help="Speculative decoding: 'ngram', or a smaller model of the same tokens.")
 ]
+DraftTargetOption = Annotated[
+    str | None, typer.Option("--draft-target", help="What the draft model is lowered to; default: as the model.")
+]
 MaxSequences = Annotated[int, typer.Option("--max-sequences", min=1, help="Most sequences that run at once.")]
 _PAGED = "insert-kv-cache{layout=paged}"
 
@@ -37,6 +40,7 @@ def serve(
     passes: Passes = None,
     target: Annotated[str, typer.Option("--target", "-t")] = "reference",
     draft: DraftOption = None,
+    draft_target: DraftTargetOption = None,
     memory: Memory = None,
     max_sequences: MaxSequences = 64,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a step.")] = 512,
@@ -64,9 +68,10 @@ def serve(
     compiled = _compiled(loaded, passes, target)
     serve_forever(
         Serving(
-            compiled, name=name or loaded.name, draft=draft_of(draft, target), memory_bytes=read_bytes(memory),
-            max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, max_requests=max_requests,
-            max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key, folder=_folder(model),
+            compiled, name=name or loaded.name, draft=draft_of(draft, draft_target or target),
+            memory_bytes=read_bytes(memory), max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+            max_requests=max_requests, max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key,
+            folder=_folder(model),
         ),
         host=host, port=port,
     )  # fmt: skip
@@ -79,6 +84,7 @@ def batch(
     passes: Passes = None,
     target: Annotated[str, typer.Option("--target", "-t")] = "reference",
     draft: DraftOption = None,
+    draft_target: DraftTargetOption = None,
     memory: Memory = None,
     max_sequences: MaxSequences = 64,
 ) -> None:
@@ -99,7 +105,7 @@ def batch(
         raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
     compiled = _compiled(loaded, passes, target)
     options = EngineOptions(memory_bytes=read_bytes(memory), max_sequences=max_sequences)
-    engine = Engine(compiled.paged_model(), options, compiled.speculation(draft_of(draft, target)))
+    engine = Engine(compiled.paged_model(), options, compiled.speculation(draft_of(draft, draft_target or target)))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("answering", total=None)

@@ -194,12 +194,13 @@ class _Scheduler:
         kind = "output" if result in self.program.outputs else "temporary"
         shape = self.definer.shape(result)
         epilogue = None
+        laid = row_major(shape, None if kind == "output" else site.order)  # who gets an output expects it row by row
         if site.finish is None:
-            buffer = self._buffer(result, result.name, row_major(shape, site.order), kind)
+            buffer = self._buffer(result, result.name, laid, kind)
         else:
             symbols, axes = self.definer.axes(result)
             value = finished(self.definer, site, result, symbols)
-            buffer = self._buffer(result, result.name, row_major(shape, None if kind == "output" else site.order), kind)
+            buffer = self._buffer(result, result.name, laid, kind)
             offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
             axes = axes if site.order is None else tuple(axes[i] for i in site.order)
             item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)

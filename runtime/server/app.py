@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from irc.runtime.requests import Request as EngineRequest
 from irc.runtime.server.answers import DONE, Answer, embedding, event
 from irc.runtime.server.embeddings import Embedder
 from irc.runtime.server.errors import ApiError, install
+from irc.runtime.server.gates import BodyLimit, Entrance
 from irc.runtime.server.page import PAGE
 from irc.runtime.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, Generation
 from irc.runtime.server.service import Service, as_error
 from irc.runtime.server.settings import ServerSettings
-
-_OPEN_PATHS = ("/health", "/", "/metrics")
 
 
 def make_app(service: Service | None, settings: ServerSettings, embedder: Embedder | None = None) -> FastAPI:
@@ -44,25 +41,13 @@ def make_app(service: Service | None, settings: ServerSettings, embedder: Embedd
         _add_generation(app, service)
     if embedder is not None:
         _add_embeddings(app, embedder, settings)
+    app.add_middleware(Entrance, api_key=settings.api_key, metrics=service.metrics if service is not None else None)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     return app
 
 
 def _add_common(app: FastAPI, service: Service | None, settings: ServerSettings) -> None:
     created = int(time.time())
-
-    @app.middleware("http")
-    async def check_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        response: Response
-        if settings.api_key is not None and request.url.path not in _OPEN_PATHS and not _has_key(request, settings):
-            response = ApiError(401, "the API key is missing or wrong", code="invalid_api_key").response()
-        else:
-            response = await call_next(request)
-        if service is not None:
-            route = request.scope.get("route")
-            service.metrics.answered(getattr(route, "path", "other"), response.status_code, started)
-        return response
 
     @app.get("/health")
     async def health() -> Response:
@@ -90,11 +75,6 @@ def _add_common(app: FastAPI, service: Service | None, settings: ServerSettings)
         if name != settings.name:
             raise ApiError(404, f"no model is called {name!r}; this server has {settings.name!r}", "model")
         return described()
-
-
-def _has_key(request: Request, settings: ServerSettings) -> bool:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    return hmac.compare_digest(given.encode("utf-8", "replace"), (settings.api_key or "").encode())
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
@@ -181,41 +161,3 @@ def _add_embeddings(app: FastAPI, embedder: Embedder, settings: ServerSettings) 
         count = sum(map(len, rows))
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": settings.name, "usage": usage}
-
-
-class BodyLimit:
-    """Refuses bodies that are too large, whether they say so or not."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal = ApiError(413, f"the body is larger than {self._limit} bytes").response()
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self._limit:
-            await refusal(scope, receive, send)
-            return
-        chunks, size, more = list[bytes](), 0, scope["method"] in ("POST", "PUT", "PATCH")
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self._limit:
-                await refusal(scope, receive, send)
-                return
-            more = message.get("more_body", False)
-        given: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
-
-        async def replayed() -> Message:
-            nonlocal given
-            if given is not None:
-                message, given = given, None
-                return message
-            return await receive()
-
-        await self._app(scope, replayed, send)

@@ -28,24 +28,68 @@ def accept(
         accepts: [k] uniform numbers that decide on acceptance.
         draws: [k + 1] uniform numbers; the one of the first position that is not a draft token is used.
     """
-    for index, token in enumerate(draft):
-        p = float(target[index, token])
-        q = 1.0 if proposal is None else float(proposal[index, token])
-        if accepts[index] * q >= p:
-            return [*draft[:index], _residual(target[index], proposal, index, token, draws)]
-    return [*draft, int(draw(target[-1:], draws[-1:]))]
+    return follow([draft], [target], [proposal], [accepts], draws)[0]
 
 
-def _residual(p: Tensor, proposal: Tensor | None, index: int, token: int, draws: np.ndarray) -> int:
-    """A draw from what the target has and the proposal did not offer."""
+def follow(
+    drafts: Sequence[Sequence[int]], targets: Sequence[Tensor], proposals: Sequence[Tensor | None],
+    accepts: Sequence[np.ndarray], draws: np.ndarray,
+) -> tuple[list[int], int]:  # fmt: skip
+    """The same for a tree, given as its paths: the tokens, and the path that they follow.
+
+    At a node its guesses are tried in turn, each against what the ones before it left of the model's distribution:
+
+        accept x with probability min(1, p(x) / q(x)); else p ← norm(max(0, p - q)), q ← norm(q without x)
+
+    so a guess must be drawn without those that were drawn before it at the node (`Proposal.branches`).
+
+    Args:
+        accepts: for each turn at a node, uniform numbers by position.
+
+    Source: Jeon et al. 2024, "Recursive Speculative Decoding", https://arxiv.org/abs/2402.14160, algorithm 1.
+    """
+    alive, taken = list(range(len(drafts))), list[int]()
+    while True:
+        depth = len(taken)
+        left = targets[alive[0]][depth]
+        guesses: dict[int, int] = {}
+        for path in alive:
+            if depth < len(drafts[path]):
+                guesses.setdefault(drafts[path][depth], path)
+        for turn, (token, path) in enumerate(guesses.items()):
+            q = _without(proposals[path], depth, token, list(guesses)[:turn], left.shape[-1])
+            if accepts[turn][depth] * float(q[token]) < float(left[token]):
+                taken.append(token)
+                alive = [p for p in alive if depth < len(drafts[p]) and drafts[p][depth] == token]
+                break
+            left = _residual(left, q)
+        else:
+            return [*taken, int(draw(left.unsqueeze(0), draws[depth : depth + 1]))], alive[0]
+
+
+def _without(proposal: Tensor | None, depth: int, token: int, before: Sequence[int], width: int) -> Tensor:
+    """The distribution that a guess was drawn from: [V]."""
     if proposal is None:
-        left = p.clone()
-        left[token] = 0.0
-    else:
-        left = (p - proposal[index]).clamp_min(0.0)
-    if float(left.sum()) <= 0.0:  # p equals q but for rounding
-        left = p
-    return int(draw(left.unsqueeze(0), draws[index : index + 1]))
+        return probabilities_of([token], width)[0]
+    if not before:
+        return proposal[depth]
+    q = proposal[depth].clone()
+    q[list(before)] = 0.0
+    return q / q.sum()
+
+
+def _residual(p: Tensor, q: Tensor) -> Tensor:
+    """What the target has and a refused guess did not offer: [V], summing to 1."""
+    left = (p - q).clamp_min(0.0)
+    total = left.sum()
+    return left / total if float(total) > 0.0 else p  # p equals q but for rounding
+
+
+def follow_greedy(drafts: Sequence[Sequence[int]], best: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+    """The path on which most guesses are what the model would have chosen: those tokens with one more, and the path."""
+    found = [accept_greedy(draft, tokens) for draft, tokens in zip(drafts, best, strict=True)]
+    winner = max(range(len(found)), key=lambda path: len(found[path]))
+    return found[winner], winner
 
 
 def accept_greedy(draft: Sequence[int], best: Sequence[int]) -> list[int]:

@@ -5,7 +5,8 @@ T(n), a draft D(k); both are measured while running. The length is the k that ma
 
     Σ_s E_s(k) / (T(n_0 + k·B) + D(k)),    k = 0: plain decoding
 
-Where k = 0 wins, it is tried again after a while, ever more rarely.
+Where k = 0 wins, it is tried again after a while, ever more rarely; where guessing wins, a plain step now and then
+keeps T(B) true. Times are of whole steps, as a guess that stands also saves the work around the model.
 
 Source: Leviathan, Kalman and Matias 2023, section 3 (expected number of tokens and improvement factor).
 """
@@ -13,16 +14,20 @@ Source: Leviathan, Kalman and Matias 2023, section 3 (expected number of tokens 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from irc.runtime.requests import SequenceState
 
-_SMOOTHING = 0.15
+_REMEMBERED = 7
+_PLAIN_EVERY = 64
+_FIRST_LENGTHS = (4, 2, 4, 2, 4, 2)
+"""Drafts before anything is decided: the first step of a new size is often a slow one, and must not decide alone."""
 _MEMORY = 0.9
 _PRIOR_WEIGHT = 4.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 512
-_GAIN = 1.03
+_FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 16, 4, 1024
+_GAIN = 1.05
 """Guessing must promise at least this much: figures are noisy, and plain decoding has none of the risk."""
 
 
@@ -40,19 +45,25 @@ def predicted_speedup(acceptance: float, length: int, draft_cost: float, verify_
 
 @dataclass
 class Times:
-    """Smoothed times in ms by a count; between counts that were seen, interpolated."""
+    """Times in ms by a count: the median of the latest ones; between counts that were seen, interpolated."""
 
     seen: dict[int, float] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
+    _latest: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, count: int, ms: float) -> None:
-        """Take in one measurement; a rare long one (something else had the processor) counts little."""
-        known = self.seen.get(count)
-        if known is None:
-            self.seen[count] = ms
+        """Take in one measurement; a rare long one (something else had the processor) does not count."""
+        latest = self._latest.get(count)
+        if latest is None:
+            latest = self._latest[count] = deque(maxlen=_REMEMBERED)
             bisect.insort(self._order, count)
-        else:
-            self.seen[count] = known + _SMOOTHING * (min(ms, 2.0 * known) - known)
+        latest.append(ms)
+        self.seen[count] = sorted(latest)[(len(latest) - 1) // 2]
+
+    @property
+    def smallest(self) -> int | None:
+        """The smallest count that was seen."""
+        return self._order[0] if self._order else None
 
     def at(self, count: int) -> float | None:
         """The time for a count; None before anything was seen."""
@@ -100,6 +111,8 @@ class Controller:
     _own: dict[SequenceState, _Acceptance] = field(default_factory=dict)
     _pause: int = _FIRST_PAUSE
     _paused: int = 0
+    _guessed: int = 0
+    _rounds: int = 0
 
     def acceptance(self, sequence: SequenceState | None = None) -> float:
         """Estimated probability that a guessed token stands: of a sequence, with what all showed as a prior."""
@@ -116,24 +129,38 @@ class Controller:
             return [self.fixed] * len(sequences)
         if not sequences:
             return []
-        if self._paused > 0:
-            self._paused -= 1
+        if self.rests() or not self._plain_known(len(sequences)):
             return [0] * len(sequences)
+        if self._rounds < len(_FIRST_LENGTHS):
+            return [min(_FIRST_LENGTHS[self._rounds], self.max_length)] * len(sequences)
         rates = [self.acceptance(s) for s in sequences]
         best = self.best_length(rates)
         if best == 0:
             # The next try after the pause is a short one: it only has to show that things have changed.
-            self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            return [2 if self._pause > _FIRST_PAUSE * 2 else 0] * len(sequences)
+            self._paused, self._pause = self._pause, min(_LONGER * self._pause, _LONGEST_PAUSE)
+            return [2 if self._pause > _FIRST_PAUSE * _LONGER else 0] * len(sequences)
         self._pause = _FIRST_PAUSE
         return [best] * len(sequences)
+
+    def rests(self) -> bool:
+        """Whether the next step is one of a pause, which it then counts."""
+        resting = self._paused > 0 and self.fixed is None
+        self._paused -= resting
+        return resting
+
+    def _plain_known(self, batch: int) -> bool:
+        """Whether it was measured, and lately, what a step without guesses takes."""
+        self._guessed += 1
+        if self._guessed % _PLAIN_EVERY == 0:
+            return False
+        smallest = self.times.smallest
+        return smallest is not None and smallest <= batch
 
     def best_length(self, rates: Sequence[float]) -> int:
         """The length that gives most tokens per time; 0: none."""
         batch = len(rates)
         plain = self.times.at(batch)
-        if plain is None:
-            return min(3, self.max_length)
+        assert plain is not None
         best, most = 0, batch / plain * _GAIN
         for length in range(1, self.max_length + 1):
             verify = self.times.at(batch * (length + 1))
@@ -172,6 +199,7 @@ class Controller:
 
     def verified(self, sequence: SequenceState, drafted: int, accepted: int) -> None:
         """The model kept the first `accepted` of a sequence's draft."""
+        self._rounds += 1
         rejected = int(accepted < drafted)
         self._all.add(accepted, rejected)
         self._own.setdefault(sequence, _Acceptance()).add(accepted, rejected)

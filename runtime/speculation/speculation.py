@@ -7,21 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
-
-from irc.runtime.requests import SequenceState
+from irc.runtime.requests import Proposal, SequenceState
 from irc.runtime.speculation.controller import Controller
 
 _CATCHING_UP = 16
 """Tokens since its last draft beyond which a sequence's next one costs more than usual."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """Tokens that may follow a sequence, and the probabilities [k, V] they were drawn from (None: not drawn)."""
-
-    tokens: list[int]
-    probabilities: Tensor | None = None
 
 
 class Proposer(Protocol):
@@ -41,18 +31,29 @@ class SpeculationStats:
     Attributes:
         rounds: sequences' steps with a draft.
         drafted, accepted: tokens.
+        refused: rounds in which a token was refused.
         plain_steps: sequences' steps without a draft.
+        branches, branches_taken: other ways to go on that were guessed, and those that were followed.
     """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    refused: int = 0
     plain_steps: int = 0
+    branches: int = 0
+    branches_taken: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted tokens of the drafted ones."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def alpha(self) -> float | None:
+        """Estimated probability that a token stands, those before it standing: the α of the formulas."""
+        judged = self.accepted + self.refused
+        return self.accepted / judged if judged else None
 
     def __str__(self) -> str:
         rate, tokens = self.acceptance_rate, self.tokens_per_step
@@ -67,6 +68,11 @@ class SpeculationStats:
         return (steps + self.accepted) / steps if steps else None
 
 
+def _cut(proposal: Proposal, length: int) -> Proposal:
+    probabilities = proposal.probabilities
+    return Proposal(proposal.tokens[:length], None if probabilities is None else probabilities[:length])
+
+
 @dataclass
 class Speculation:
     """A proposer with the controller that decides how many tokens it is asked for."""
@@ -76,12 +82,20 @@ class Speculation:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     _guessed: int = 0
     _batch: int = 0
+    _resting: bool = False
     _drafted_at: dict[SequenceState, int] = field(default_factory=dict)
 
-    def propose(self, sequences: Sequence[SequenceState], max_length: int) -> None:
-        """Set the drafts of the sequences that decode in the next step."""
+    def rests(self, num_running: int) -> bool:
+        """Whether the next step goes without guesses, as guessing does not pay now: nothing else is to be done then."""
+        self._resting = self.controller.rests()
+        if self._resting:
+            self.stats.plain_steps += num_running
+        return self._resting
+
+    def propose(self, sequences: Sequence[SequenceState], max_length: int) -> int:
+        """Set the drafts of the sequences that decode in the next step; how many tokens were guessed."""
         for sequence in sequences:
-            sequence.draft, sequence.draft_probs = [], None
+            sequence.drop_draft()
         self._batch, self._guessed = len(sequences), 0
         lengths = self.controller.lengths(sequences)
         asked = []
@@ -98,22 +112,25 @@ class Speculation:
                 self.controller.measured_draft(max(n for _, n in asked), (time.perf_counter() - started) * 1e3)
             self._drafted_at.update((s, len(s.ids)) for s, _ in asked)
             for (sequence, length), proposal in zip(asked, proposals, strict=True):
-                sequence.draft = proposal.tokens[:length]
-                probabilities = proposal.probabilities
-                sequence.draft_probs = None if probabilities is None else probabilities[:length]
+                main, *others = (_cut(one, length) for one in (proposal, *proposal.branches))
+                sequence.draft, sequence.draft_probs, sequence.branches = main.tokens, main.probabilities, others
+                self.stats.branches += len(others)
                 self._guessed += len(sequence.draft)
         self.stats.plain_steps += sum(not s.draft for s in sequences)
+        return self._guessed
 
-    def verified(self, sequence: SequenceState, drafted: int, accepted: int) -> None:
-        """The model kept the first `accepted` of a sequence's draft."""
+    def verified(self, sequence: SequenceState, drafted: int, accepted: int, branch: bool = False) -> None:
+        """The model kept the first `accepted` of a sequence's draft, or of a branch of so many tokens."""
         self.stats.rounds += 1
+        self.stats.branches_taken += branch
         self.stats.drafted += drafted
         self.stats.accepted += accepted
+        self.stats.refused += accepted < drafted
         self.controller.verified(sequence, drafted, accepted)
 
     def measured(self, num_tokens: int, model_ms: float) -> None:
         """A step over so many tokens took so long."""
-        if self._batch:
+        if self._batch and not self._resting:
             self.controller.measured(num_tokens, model_ms)
 
     def forget(self, sequence: SequenceState) -> None:

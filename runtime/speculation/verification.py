@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
 from irc.runtime.requests import SequenceState
 from irc.runtime.sampling import Row, adjusted_logits, draw, kept_probabilities, uniforms
-from irc.runtime.speculation.acceptance import accept, accept_greedy
+from irc.runtime.speculation.acceptance import follow, follow_greedy
 
-ACCEPT, PROPOSE = 1, 2
-"""Purposes of random numbers besides drawing from the target (0)."""
+ACCEPT, PROPOSE, MOST_PURPOSES = 1, 2, 3
+"""Purposes of random numbers besides drawing from the target (0); the n-th of several tries adds n · MOST_PURPOSES."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One way in which a sequence may go on: the sequence with its draft, or a branch of it.
+
+    Attributes:
+        row: of the logits behind its last token; those behind its draft tokens follow.
+    """
+
+    sequence: SequenceState
+    row: int
 
 
 def verified(
-    logits: Tensor, sequences: Sequence[SequenceState], allowed: Sequence[Sequence[Tensor | None]]
-) -> list[list[int]]:
-    """The tokens that follow each sequence: its draft's that stand, and one more.
+    logits: Tensor, paths: Sequence[Sequence[Path]], allowed: Sequence[Sequence[Sequence[Tensor | None]]]
+) -> list[tuple[list[int], int]]:
+    """For each sequence the guessed tokens that stand with one more, and which of its paths they follow.
 
-    `allowed`: for each sequence the masks of its rows (`Constraint.masks`).
-
-    Shapes: logits [R, V]: for each sequence one row behind its last token and one behind each draft token.
+    Args:
+        logits: [R, V].
+        paths: of each sequence, its own draft first.
+        allowed: for each path the masks of its rows (`Constraint.masks`).
     """
-    rows = [row for s, masks in zip(sequences, allowed, strict=True) for row in _rows(s, masks)]
-    adjusted = adjusted_logits(logits, rows)
+    flat = [(path, masks) for found, wanted in zip(paths, allowed, strict=True)
+            for path, masks in zip(found, wanted, strict=True)]  # fmt: skip
+    rows = [row for path, masks in flat for row in _rows(path.sequence, masks)]
+    places = [path.row + i for path, masks in flat for i in range(len(masks))]
+    whole = len(places) == len(logits) and places == list(range(len(places)))
+    adjusted = adjusted_logits(logits if whole else logits[places], rows)
     best = adjusted.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.sampling.greedy]
     probabilities, place = adjusted, dict[int, int]()
@@ -34,14 +53,18 @@ def verified(
         numbers = uniforms([rows[i].key for i in drawn], [rows[i].position for i in drawn])
         best[drawn] = draw(probabilities, numbers)
     tokens, made, first = best.tolist(), [], 0
-    for sequence, masks in zip(sequences, allowed, strict=True):
-        count = len(masks)  # a request that has just failed has no draft any more, but rows it still has
-        if sequence.request.sampling.greedy or count == 1:
-            made.append(accept_greedy(sequence.draft, tokens[first : first + count]))
+    for found, wanted in zip(paths, allowed, strict=True):
+        # A request that has just failed has no draft any more, but rows it still has.
+        drafts = [path.sequence.draft for path in found]
+        starts = list(accumulate((len(masks) for masks in wanted), initial=first))
+        first = starts.pop()
+        sequence = found[0].sequence
+        if sequence.request.sampling.greedy or (len(found) == 1 and not drafts[0]):
+            made.append(follow_greedy(drafts, [tokens[at:] for at in starts]))
         else:
-            start = place[first]
-            made.append(_accepted(sequence, probabilities[start : start + count]))
-        first += count
+            targets = [probabilities[place[at] : place[at] + len(draft) + 1]
+                       for at, draft in zip(starts, drafts, strict=True)]  # fmt: skip
+            made.append(_followed(sequence, [path.sequence for path in found], targets))
     return made
 
 
@@ -55,9 +78,13 @@ def _rows(sequence: SequenceState, allowed: Sequence[Tensor | None]) -> list[Row
     return made
 
 
-def _accepted(sequence: SequenceState, target: Tensor) -> list[int]:
-    positions = [len(sequence.ids) + i for i in range(len(sequence.draft) + 1)]
+def _followed(
+    sequence: SequenceState, paths: Sequence[SequenceState], targets: Sequence[Tensor]
+) -> tuple[list[int], int]:
+    positions = [len(sequence.ids) + i for i in range(max(len(path.draft) for path in paths) + 1)]
     keys = [sequence.key] * len(positions)
-    return accept(
-        sequence.draft, target, sequence.draft_probs, uniforms(keys, positions, ACCEPT), uniforms(keys, positions)
-    )
+    return follow(
+        [path.draft for path in paths], targets, [path.draft_probs for path in paths],
+        [uniforms(keys, positions, ACCEPT + MOST_PURPOSES * turn) for turn in range(len(paths))],
+        uniforms(keys, positions),
+    )  # fmt: skip

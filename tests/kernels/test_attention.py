@@ -255,7 +255,7 @@ def test_paged(kernels: ctypes.CDLL, name: str) -> None:
     [
         ({"bias": "i64"}, "bias in i64"),
         ({"query": "f64"}, "queries in f64"),
-        ({"cache": "i8"}, "keys and values in i8"),
+        ({"cache": "i16"}, "keys and values in i16"),
         ({"mask": "prefix"}, "known: full"),
         ({"mask": "sliding"}, "without a window"),
         ({"width": 1024}, "at most 512"),

@@ -18,6 +18,7 @@ from irc.runtime.sampling import Sampling
 from irc.runtime.speculation.controller import Controller
 from irc.runtime.speculation.ngram import NgramProposer
 from irc.runtime.speculation.speculation import Speculation
+from irc.runtime.step_inputs import StepBuilder
 from tests.lowering import steps
 from tests.runtime.driving import BLOCK, LENGTH, alone, contiguous_model, drive, engine_of, model, random_requests
 
@@ -239,6 +240,34 @@ class Failing:
         if bool(((inputs.tokens == 13) & (inputs.positions == 0)).any()):
             raise RuntimeError("an unlucky token")
         return model().paged_step(pages, inputs)
+
+
+def test_inputs_brought_forward_are_those_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that go on decoding reuse their plan and their tensors: what the model gets is the same."""
+    engine, reused = engine_of(max_sequences=6), 0
+    build = engine._builder.build
+
+    def checked(works: Any, crossed: Any = None) -> StepInputs:
+        nonlocal reused
+        made = build(works, crossed)
+        moved = [work.sequence.moved for work in works]
+        for work in works:
+            work.sequence.moved = True
+        fresh = StepBuilder(BLOCK, 64, LENGTH // BLOCK).build(works)
+        for work, before in zip(works, moved, strict=True):
+            work.sequence.moved = before
+        for given, expected in zip(made.flat(), fresh.flat(), strict=True):
+            if given.dim() == 2:  # what lies behind a sequence's blocks does not matter
+                for row, work in enumerate(works):
+                    assert given[row, : len(work.sequence.blocks)].tolist() == work.sequence.blocks
+            else:
+                assert torch.equal(given, expected)
+        reused += crossed is not None
+        return made
+
+    monkeypatch.setattr(engine._builder, "build", checked)
+    drive(engine, [Request(prompt=[1] * n, max_new_tokens=20 - n) for n in (1, 2, 3, 5, 8)], arrivals=0.9)
+    assert reused > 8
 
 
 def test_a_failing_request_takes_no_other_with_it() -> None:

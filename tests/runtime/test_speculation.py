@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,13 +18,13 @@ from irc.core.paged import PagedModel
 from irc.core.target import get_target
 from irc.runtime.engine import Engine, EngineOptions
 from irc.runtime.models import paged_model
-from irc.runtime.requests import Request, SequenceState
+from irc.runtime.requests import Proposal, Request, SequenceState
 from irc.runtime.sampling import Sampling, draw, uniforms
-from irc.runtime.speculation.acceptance import accept
+from irc.runtime.speculation.acceptance import accept, follow
 from irc.runtime.speculation.controller import Controller, expected_tokens, predicted_speedup
 from irc.runtime.speculation.draft_model import DraftModelProposer
 from irc.runtime.speculation.ngram import NgramProposer
-from irc.runtime.speculation.speculation import Proposal, Speculation
+from irc.runtime.speculation.speculation import Speculation
 from tests.lowering import steps
 from tests.runtime.driving import alone, drive, engine_of, model, random_requests
 
@@ -197,6 +198,14 @@ def test_lookup_continues_the_latest_and_longest_match() -> None:
     assert proposer._indices == {}
 
 
+def test_lookup_finds_other_ways_to_go_on() -> None:
+    proposer = NgramProposer(branches=2)
+    (made,) = proposer.propose([state([1, 2, 7, 8, 1, 2, 9, 1, 2, 9, 4, 1, 2])], [2])
+    assert [made.tokens, *(b.tokens for b in made.branches)] == [[9, 4], [7, 8]]
+    proposer.forget(sequence := state([]))
+    assert proposer.propose([sequence], [2])[0].tokens == []
+
+
 def test_lookup_goes_on_repeating() -> None:
     assert NgramProposer(shortest=1).propose([state([8, 1, 2, 1, 2, 1])], [7])[0].tokens == [2, 1, 2, 1, 2, 1, 2]
 
@@ -257,3 +266,109 @@ def test_speculation_is_reported() -> None:
     assert stats.rounds == 6  # before the last token nothing can be gained
     assert stats.drafted == 2 * 5 + 1
     assert (stats.acceptance_rate, stats.tokens_per_step) == (0.0, 1.0)
+
+
+# ---------------------------------------------------------------- trees
+
+
+def tree(drawn: bool, n: int) -> tuple[list[list[int]], list[Tensor | None]]:
+    """Two paths that part at the first token, and one that parts from the first path at the second token."""
+    q = normal(torch.stack([distribution(3), distribution(4)]))
+    numbers = [uniforms([n], [i], 2 + 3 * turn)[0] for turn in range(2) for i in range(2)]
+    if not drawn:
+        return [[2, 1], [4], [2, 3]], [None, None, None]
+    without = q.clone()
+    first = int(draw(q[:1], np.array([numbers[0]])))
+    without[0, first] = 0.0
+    sibling = int(draw(without[:1], np.array([numbers[2]])))
+    second = int(draw(q[1:], np.array([numbers[1]])))
+    without[1, second] = 0.0
+    cousin = int(draw(without[1:], np.array([numbers[3]])))
+    return [[first, second], [sibling], [first, cousin]], [q, q[:1], q]
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_tree_gives_tokens_as_the_model_says(drawn: bool, biased: bool) -> None:
+    p = normal(torch.stack([distribution(1), distribution(2), distribution(5)]))
+    counts, rounds = [0] * VOCABULARY**2, 4000
+    for n in range(rounds):
+        drafts, proposals = tree(drawn, n)
+        accepts = [uniforms([n] * 3, [0, 1, 2], 1 + 3 * turn) * (0.7 if biased else 1.0) for turn in range(2)]
+        tokens, path = follow(drafts, [p, p[:2], p], proposals, accepts, uniforms([n] * 3, [0, 1, 2]))
+        assert tokens[:-1] == drafts[path][: len(tokens) - 1]
+        second = tokens[1] if len(tokens) > 1 else int(draw(p[1:2], uniforms([n], [1], 7)))
+        counts[tokens[0] * VOCABULARY + second] += 1
+    distance = chi_square(counts, pair_expectation())
+    assert distance > CHI_SQUARE[35] if biased else distance < CHI_SQUARE[35]
+
+
+class Guessing(Stubborn):
+    """Random trees, whose paths part at any token."""
+
+    def propose(self, sequences: Sequence[SequenceState], lengths: Sequence[int]) -> list[Proposal]:
+        rng = random.Random(sum(len(s.ids) for s in sequences))
+        made = []
+        for length in lengths:
+            first = [rng.randrange(steps.VOCABULARY) for _ in range(length)]
+            paths = []
+            for _ in range(rng.randrange(6)):
+                shared = rng.randrange(length)
+                paths.append(
+                    Proposal([*first[:shared], *(rng.randrange(steps.VOCABULARY) for _ in range(rng.randint(1, 3)))])
+                )
+            made.append(Proposal(first, branches=tuple(paths)))
+        return made
+
+
+PROPOSERS: dict[str, Callable[[], Any]] = {
+    "guessing": Guessing,
+    "draft model": lambda: DraftModelProposer(draft(), model(), siblings=(2, 1)),
+}
+
+
+@pytest.mark.parametrize("blocks", [None, 9])
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_trees_do_not_change_greedy_tokens(proposer: str, blocks: int | None) -> None:
+    speculation = Speculation(PROPOSERS[proposer](), Controller(fixed=3))
+    engine = engine_of(speculation=speculation, **({} if blocks is None else {"blocks": blocks}))
+    requests = random_requests(40, 3)
+    answers = drive(engine, requests, seed=1)
+    greedy = {key for key in alone(40, 3) if requests[key[0]].sampling.greedy}
+    assert {key: answers[key] for key in greedy} == {key: alone(40, 3)[key] for key in greedy}
+    assert speculation.stats.branches > 20
+    assert blocks is not None or speculation.stats.branches_taken > 5
+
+
+def test_trees_keep_the_distribution() -> None:
+    prompt = [3, 1, 4, 1, 5]
+    speculation = Speculation(DraftModelProposer(draft(), model(), siblings=(1, 1)), Controller(fixed=2))
+    trees = Counter(ids[1] for ids in samples(speculation, prompt))
+    expected = Counter(ids[1] for ids in samples(None, prompt, 1200))
+    common = [token for token, count in expected.items() if count >= 40]
+    assert speculation.stats.branches > 50
+    assert chi_square([trees[t] for t in common], [expected[t] / 4 for t in common]) < CHI_SQUARE[35]
+
+
+def test_a_branch_that_is_right_is_taken_over() -> None:
+    """The draft is wrong at once, its sibling is right: two tokens a step, and the books are right."""
+
+    class Sibling(Stubborn):
+        def propose(self, sequences: Sequence[SequenceState], lengths: Sequence[int]) -> list[Proposal]:
+            expected = alone_ids()
+            return [
+                Proposal([(expected[len(s.ids)] + 1) % steps.VOCABULARY], branches=(Proposal([expected[len(s.ids)]]),))
+                for s in sequences
+            ]
+
+    @functools.cache
+    def alone_ids() -> list[int]:
+        (answer,) = drive(Engine(model(), EngineOptions()), [request]).values()
+        return [*request.prompt, *answer.ids]
+
+    request = Request(prompt=[1, 2, 3], max_new_tokens=13)
+    speculation = Speculation(Sibling(), Controller(fixed=1))
+    engine = engine_of(speculation=speculation)
+    (answer,) = drive(engine, [request]).values()
+    assert [*request.prompt, *answer.ids] == alone_ids()
+    assert speculation.stats.branches_taken == 6 == engine.stats.steps - 1

@@ -19,6 +19,9 @@ INCLUDES = ("irc/attention.h",)
 MASKS = ("full", "causal", "sliding", "chunked")
 _WIDEST = 512
 _BIASES = {**C_TYPES, "bool": "bool"}
+_CACHES = {**C_TYPES, "i8": "int8_t", "u8": "irc::nibbles"}
+SCALED = ("i8", "u8")
+_PAGING = {"table": "nullptr", "table_stride": "0", "page_size": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class AttentionProblem:
         width: D of queries and keys.
         value_width: D of values.
         query: type of queries in memory: f32, bf16 or f16.
-        cache: type of keys and values.
+        cache: type of keys and values: f32, bf16, f16; with a scale a row i8, and u8, which are pairs of 4-bit
+            numbers (strides are in bytes).
         mask: as `irc::attention` has it.
         window: of sliding and chunked masks.
         scale: of the scores.
@@ -53,13 +57,15 @@ def refuses(problem: AttentionProblem, isa: str) -> str | None:
     """Why the template cannot do the problem, or None. The same on every instruction set."""
     if problem.bias is not None and problem.bias not in _BIASES:
         return f"a bias in {problem.bias}; known: {', '.join(_BIASES)}"
-    for what, kind in (("queries", problem.query), ("keys and values", problem.cache)):
-        if kind not in C_TYPES:
-            return f"{what} in {kind}; known: {', '.join(C_TYPES)}"
+    for what, kind, known in (("queries", problem.query, C_TYPES), ("keys and values", problem.cache, _CACHES)):
+        if kind not in known:
+            return f"{what} in {kind}; known: {', '.join(known)}"
     if problem.mask not in MASKS:
         return f"mask {problem.mask!r}; known: {', '.join(MASKS)}"
     if problem.mask in ("sliding", "chunked") and not problem.window:
         return f"mask {problem.mask!r} without a window"
+    if problem.cache == "u8" and (problem.width % 2 or problem.value_width % 2):
+        return f"4-bit heads of {problem.width} and {problem.value_width}, which are no pairs"
     if not (0 < problem.width <= _WIDEST and 0 < problem.value_width <= _WIDEST):
         return f"heads of {problem.width} and {problem.value_width}; at most {_WIDEST}"
     return None
@@ -88,8 +94,11 @@ def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> s
     reason = refuses(problem, "plain")
     if reason:
         raise TargetError(f"attention cannot do {problem}: {reason}")
-    query, cache = C_TYPES[problem.query], C_TYPES[problem.cache]
-    paging = f", {args['table']}, {args['table_stride']}, {args['page_size']}" if "table" in args else ""
+    query, cache = C_TYPES[problem.query], _CACHES[problem.cache]
+    cast = f"reinterpret_cast<const {cache}*>"
+    paging = ", ".join(args.get(name, default) for name, default in _PAGING.items())
+    scales = {name: ", {" + f"{args[f'{name}_scales']}, {args[f'{name}_scales_strides']}" + "}"
+              if problem.cache in SCALED else "" for name in ("key", "value")}  # fmt: skip
     sizes = ", ".join(args[name] for name in ("batch", "heads", "kv_heads", "queries", "length"))
     bias_type, bias = "irc::NoBias", ""
     if problem.bias is not None:
@@ -99,8 +108,8 @@ def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> s
         "{\n"
         f"    const irc::AttentionArguments<{query}, {cache}, {bias_type}> attended{{\n"
         f"        {args['query']}, {args['query_strides']},\n"
-        f"        {{{args['keys']}, {args['keys_strides']}{paging}}},\n"
-        f"        {{{args['values']}, {args['values_strides']}{paging}}},\n"
+        f"        {{{cast}({args['keys']}), {args['keys_strides']}, {paging}{scales['key']}}},\n"
+        f"        {{{cast}({args['values']}), {args['values_strides']}, {paging}{scales['value']}}},\n"
         f"        {args.get('positions', 'nullptr')}, {args.get('sequence_ids', 'nullptr')},"
         f" {args.get('sinks', 'nullptr')}, {sizes},\n"
         f"        irc::MaskKind::{problem.mask}, {problem.window or 0}, {_float(problem.scale)},"

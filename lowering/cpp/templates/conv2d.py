@@ -24,8 +24,8 @@ ROWS_AHEAD = "irc::gemm_height"
 # Channels that a unit of the packed weights of `winograd` holds, its places, and the largest product of both channels
 # that it is faster for: beyond, its weights (16 places, not 9) do not come out of a cache as fast as they are needed.
 _GROUP, _PLACES, _MOST_CHANNELS = 64, 16, 1 << 17
-# Channels and tiles of a block: gemm_depth and winograd_rows.
-_DEPTH, _TILES = 256, 48
+# Channels, tiles and outputs of a block: gemm_depth, winograd_rows and conv_group.
+_DEPTH, _TILES, _COLUMNS = 256, 48, 128
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -135,7 +135,7 @@ def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
     if not problem.winograd:
         return 0
     inputs = -(-problem.channels // _DEPTH) * _PLACES * _TILES * (_DEPTH + 16)
-    return num_workers * (inputs + _PLACES * _TILES * _GROUP) * 4
+    return num_workers * (inputs + _PLACES * _TILES * _COLUMNS) * 4
 
 
 def call(problem: ConvProblem, args: Mapping[str, str], epilogue: str) -> str:

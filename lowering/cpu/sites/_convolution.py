@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import sympy
 import torch.fx as fx
@@ -73,7 +73,7 @@ class Convolution:
 
 def convolution_function(
     call: TemplateCall, template: ModuleType, args: Mapping[str, str], *, input_type: str, packed: str,
-    sizes: set[sympy.Symbol],
+    sizes: set[sympy.Symbol], numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> PrintedFunction:  # fmt: skip
     """The call of a template for convolutions behind its epilogue.
 
@@ -81,13 +81,16 @@ def convolution_function(
         args: those of the template, without the operands.
         input_type: of the activations, in C++.
         packed: name of the packed weights' place as C++.
+        numbers: further arguments that differ between layers which are otherwise alike.
     """
     assert call.epilogue is not None
     problem = call.site.problem
     epilogue = print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
     scratch = template.scratch_bytes(problem, 0, 1)
-    names = ("worker", "x", "packed", *(["scratch"] if scratch else []))
+    names = ("worker", "x", "packed", *numbers, *(["scratch"] if scratch else []))
     parameters, arguments = [f"const {input_type}* x", "const uint8_t* packed"], [call.reads[0], packed]
+    parameters += [f"int {name}" for name in numbers]
+    arguments += [str(number) for number in numbers.values()]
     if scratch:
         parameters.append("uint8_t* scratch")
         arguments.append("arguments.arena + scratch")

@@ -19,6 +19,7 @@ from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Call, Definer
 from irc.lowering.kernels.sites import Memory, Site, TemplateCall
 
+_ROWS_IN_BITS = {"int8.row": torch.int8, "int4.row": torch.uint8}
 _CONTIGUOUS, _PAGED = ("irc.attention", "irc.flash_attention"), "irc.paged_attention"
 
 
@@ -28,14 +29,18 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     call, paged = Call(definer, node), op_name(node) == _PAGED
     names = ("query", "key_cache", "value_cache") if paged else ("query", "key", "value")
-    operands = [call._arguments[names[0]], *(_as_stored(call._arguments[name]) for name in names[1:])]
+    stored = [_as_stored(call._arguments[name]) for name in names[1:]]
+    operands = [call._arguments[names[0]], *(cache for cache, _ in stored)]
+    scales = [scale for _, scale in stored if scale is not None]
     query, key, value = map(call.as_operand, operands)
-    if key.dtype != value.dtype or not query.shape[-1].is_Integer or not value.shape[-1].is_Integer:
+    value_width = call._arguments[names[2]].meta[VAL].shape[-1]
+    known = query.shape[-1].is_Integer and isinstance(value_width, int)
+    if key.dtype != value.dtype or len(scales) not in (0, 2) or not known:
         return None
     if call.has("sinks") and call.operand("sinks").dtype != "f32":
         return None
     problem = AttentionProblem(
-        width=int(query.shape[-1]), value_width=int(value.shape[-1]), query=query.dtype, cache=key.dtype,
+        width=int(query.shape[-1]), value_width=int(value_width), query=query.dtype, cache=key.dtype,
         mask=str(call.raw("mask")), window=call.raw("window"), scale=float(call.raw("scale")),
         softcap=call.raw("softcap"), bias=call.operand("bias").dtype if call.has("bias") else None,
     )  # fmt: skip
@@ -43,7 +48,7 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     if template.refuses(problem, "plain") is not None:
         return None
-    reads = [(operand, "strided") for operand in operands]
+    reads = [(operand, "strided") for operand in (*operands, *scales)]
     further = ("block_tables", "sequence_ids", "positions") if paged else ("positions",)
     reads += [(call._arguments[name], "rows") for name in (*further, "sinks") if call.has(name)]
     reads += [(call._arguments["bias"], "strided")] if problem.bias is not None else []
@@ -51,17 +56,30 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
 
 
-def _as_stored(operand: fx.Node) -> fx.Node:
-    """A cache in 16-bit floats that the graph widens in front of attention, which the kernel does itself."""
-    if op_name(operand) != "aten._to_copy" or operand.kwargs.get("dtype") != torch.float32:
-        return operand
-    source = operand.args[0]
-    assert isinstance(source, fx.Node)
-    narrow = isinstance(source.meta.get(VAL), torch.Tensor) and source.meta[VAL].dtype in (
-        torch.bfloat16,
-        torch.float16,
-    )
-    return source if narrow else operand
+def _as_stored(operand: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """A cache, and the scales of its rows, that the graph widens in front of attention, which the kernel does itself.
+
+    It reads 16-bit floats, and integers of 8 and 4 bits with a scale for each token and head.
+    """
+    name, value = op_name(operand), operand.meta.get(VAL)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return operand, None
+    if name == "aten._to_copy":
+        (source,) = operand.args[:1]
+        return (source, None) if _dtype(source) in (torch.bfloat16, torch.float16) else (operand, None)  # type: ignore[return-value]
+    bits = _ROWS_IN_BITS.get(str(operand.kwargs.get("format"))) if name == "irc.dequantize" else None
+    if bits is not None:
+        source, scale, *further = operand.args
+        shapes = [x.meta[VAL].shape for x in (source, scale)]  # type: ignore[union-attr]
+        a_row = tuple(shapes[1]) == (*shapes[0][:-1], 1)
+        if a_row and further in ([], [None]) and (_dtype(source), _dtype(scale)) == (bits, torch.float32):
+            return source, scale  # type: ignore[return-value]
+    return operand, None
+
+
+def _dtype(node: object) -> torch.dtype | None:
+    value = node.meta.get(VAL) if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:
@@ -70,7 +88,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     definer = Definer(program)
     node = Call(definer, call.site.node)
     query, keys, values = call.reads[:3]
-    further = list(call.reads[3:])
+    scales = call.reads[3:5] if call.site.problem.cache in template.SCALED else ()
+    further = list(call.reads[3 + len(scales) :])
     sizes: set[sympy.Symbol] = set()
 
     def text(expr: sympy.Expr | int) -> str:
@@ -80,7 +99,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
 
     problem: AttentionProblem = call.site.problem
     parameters = [f"{STORAGE_TYPES[call.write.dtype]}* out", f"const {C_TYPES[problem.query]}* query",
-                  f"const {C_TYPES[problem.cache]}* keys", f"const {C_TYPES[problem.cache]}* values"]  # fmt: skip
+                  *(f"const {STORAGE_TYPES[problem.cache]}* {name}" for name in ("keys", "values"))]  # fmt: skip
     arguments: list[Memory | str | object] = [call.write, query, keys, values]
     args = {"worker": "worker", "scratch": "scratch", "query": "query", "keys": "keys", "values": "values",
             "workers": "workers"}  # fmt: skip
@@ -91,6 +110,10 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     else:
         args |= _contiguous_sizes(query, keys, values, text)
         names = ("positions",) if node.has("positions") else ()
+    for name, memory in zip(("key_scales", "value_scales"), scales, strict=False):
+        parameters.append(f"const float* {name}")
+        arguments.append(memory)
+        args |= {name: name, f"{name}_strides": _row_strides(memory, paged, text)}
     names = (*names, *(name for name in ("sinks", "bias") if node.has(name)))
     for name, memory in zip(names, further, strict=True):
         parameters.append(f"const {STORAGE_TYPES[memory.buffer.dtype]}* {name}")
@@ -124,7 +147,7 @@ def _contiguous_sizes(query: Memory, keys: Memory, values: Memory, text: object)
     sizes = {"batch": batch, "heads": heads, "kv_heads": keys.shape[1], "queries": queries, "length": keys.shape[2]}
     found = {name: text(size) for name, size in sizes.items()}
     for name, memory in (("query", query), ("keys", keys), ("values", values)):
-        found[f"{name}_strides"] = ", ".join(text(s) for s in memory.strides[:3])
+        found[f"{name}_strides"] = _row_strides(memory, False, text)
     return found
 
 
@@ -137,9 +160,15 @@ def _paged_sizes(query: Memory, keys: Memory, values: Memory, table: Memory, tex
     found = {name: text(size) for name, size in sizes.items()}
     found["query_strides"] = ", ".join(["0", text(query.strides[1]), text(query.strides[0])])
     for name, memory in (("keys", keys), ("values", values)):
-        block, row, head = (text(s) for s in memory.strides[:3])
-        found[f"{name}_strides"] = f"{block}, {head}, {row}"
+        found[f"{name}_strides"] = _row_strides(memory, True, text)
     return found
+
+
+def _row_strides(memory: Memory, paged: bool, text: object) -> str:
+    """Strides of batch or block, head and row."""
+    assert callable(text)
+    first, second, third = (text(s) for s in memory.strides[:3])
+    return f"{first}, {third}, {second}" if paged else f"{first}, {second}, {third}"
 
 
 register_site(SiteKind("attention", match, emit))

@@ -144,7 +144,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     weights.add_made(name, template.packed_bytes(problem),
                      lambda: template.pack(problem, integers.reshape(shape), scale, zero))  # fmt: skip
     sizes: set[sympy.Symbol] = set()
-    args = {"zero": str(zero), "narrow": "true" if template.is_narrow(integers) else "false"}
+    args = {"narrow": "true" if template.is_narrow(integers) else "false"}
     if isinstance(layer, Convolution):
         args |= conv_arguments(definer, call, sizes)
     else:
@@ -154,7 +154,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         args["batch"] = f"int64_t({size_text(rows, {})})"
     return convolution_function(
         call, template, args, input_type=_C_TYPES[problem.activation],
-        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes,
+        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes, numbers={"zero": zero},
     )  # fmt: skip
 
 

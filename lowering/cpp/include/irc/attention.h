@@ -20,6 +20,7 @@
 #pragma once
 
 #include "irc/attention_bias.h"
+#include "irc/cache_rows.h"
 #include "irc/fmatmul.h"
 
 IRC_BEGIN
@@ -38,22 +39,6 @@ inline KeyRange visible(MaskKind mask, int64_t window, int64_t p, int64_t length
     if (mask == MaskKind::chunked && p >= 0) first = p / window * window;
     return {min_of(first, max_of(last, 0)), max_of(last, 0)};
 }
-
-// Rows [batch, key-value head, t] of keys or values. With a block table (paged), t lies in page t / page_size of its
-// sequence: block table[sequence][t / page_size], and stride_batch is from block to block.
-template <class Stored>
-struct CacheRows {
-    const Stored* base;
-    int64_t stride_batch, stride_head, stride_row;
-    const int64_t* table = nullptr;
-    int64_t table_stride = 0, page_size = 1;
-
-    const Stored* row(int64_t sequence, int64_t head, int64_t t) const {
-        if (table == nullptr) return base + sequence * stride_batch + head * stride_head + t * stride_row;
-        const int64_t block = table[sequence * table_stride + t / page_size];
-        return base + block * stride_batch + head * stride_head + t % page_size * stride_row;
-    }
-};
 
 template <class Query, class Stored, class Bias = NoBias>
 struct AttentionArguments {
@@ -110,17 +95,6 @@ IRC_INLINE f32x16 cap_scores(f32x16 scores, float softcap) {
     return softcap == 0.0f ? scores : mul(set1(softcap), tanh(div(scores, set1(softcap))));
 }
 
-constexpr int64_t padded(int64_t width) { return (width + 15) / 16 * 16; }
-
-// A row of `width` numbers as f32, padded with zeros to whole vectors.
-template <int64_t width, class Stored>
-IRC_INLINE void copy_row(float* to, const Stored* from, float scale) {
-    for (int64_t d = 0; d < width; d += 16) {
-        const f32x16 part = width - d >= 16 ? load(from + d) : load_part(from + d, width - d);
-        store(to + d, scale == 1.0f ? part : mul(part, set1(scale)));
-    }
-}
-
 // State of up to few_rows rows: queries, running maxima, sums, weighted values.
 template <int Width, int ValueWidth>
 struct RowState {
@@ -171,21 +145,6 @@ inline void few_block(State& state, int64_t count, const float* const* key_rows,
             for (int64_t i = 0; i < value_width / 16; ++i) sums[i] = fma(weight, load(value_rows[t] + 16 * i), sums[i]);
         }
         for (int64_t i = 0; i < value_width / 16; ++i) store(values + 16 * i, sums[i]);
-    }
-}
-
-// Rows of keys or values as f32 with whole vectors: as they are, or copied to `buffer` [few_keys][padded(width)].
-template <int64_t width, class Stored>
-inline void gather_rows(const CacheRows<Stored>& cache, int64_t sequence, int64_t head, int64_t start, int64_t keys,
-                        float* buffer, const float** rows) {
-    for (int64_t t = 0; t < keys; ++t) {
-        const Stored* row = cache.row(sequence, head, start + t);
-        if constexpr (sizeof(Stored) == 4 && width % 16 == 0) {
-            rows[t] = row;
-        } else {
-            copy_row<width>(buffer + t * padded(width), row, 1.0f);
-            rows[t] = buffer + t * padded(width);
-        }
     }
 }
 
@@ -345,9 +304,9 @@ inline void lay_out_panels(Worker& worker, const Arguments& arguments, int64_t l
         keys += group * 16 * Width;
         alignas(64) float row[padded(Width > ValueWidth ? Width : ValueWidth)];
         for (int64_t t = 0; t < 16; ++t) {
-            if (t < count) copy_row<Width>(row, arguments.keys.row(b, head, 16 * group + t), 1.0f);
+            if (t < count) arguments.keys.template copy<Width>(row, b, head, 16 * group + t);
             for (int64_t d = 0; d < Width; ++d) keys[d * 16 + t] = t < count ? row[d] : 0.0f;
-            if (t < count) copy_row<ValueWidth>(row, arguments.values.row(b, head, 16 * group + t), 1.0f);
+            if (t < count) arguments.values.template copy<ValueWidth>(row, b, head, 16 * group + t);
             for (int64_t d = 0; d < Sizes::value_width; d += 16)
                 store(values + d / 16 * padded(last) * 16 + t * 16, t < count ? load(row + d) : zero());
         }

@@ -6,7 +6,7 @@
 //
 // Sums run in ascending order of places: error at most (places + 4) 2^-24 sum |in w|.
 //
-// The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 64) of pixel m.
+// The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m.
 #pragma once
 
 #include "irc/conv_rows.h"

@@ -17,7 +17,7 @@
 //     multiply(…)            H rows × P panels × `step` places
 //     finish(…)              what the epilogue gets
 //
-// The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 64) of pixel m, soon after their last
+// The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m, soon after their last
 // tile, so that what it reads and writes overlaps with the arithmetic of the next.
 #pragma once
 
@@ -28,7 +28,7 @@
 
 IRC_BEGIN
 
-constexpr int64_t conv_columns = 256, conv_group = 64, conv_pieces = 16;
+constexpr int64_t conv_columns = 256, conv_group = 128, conv_pieces = 16;
 #if defined(IRC_AVX512)
 constexpr bool reads_in_place = false;  // fourteen rows would need as many pointers
 #else

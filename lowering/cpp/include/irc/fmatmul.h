@@ -32,6 +32,11 @@ constexpr int gemm_height = 4, gemm_panels = 1;
 constexpr int64_t gemm_depth = 256;
 constexpr int64_t gemm_rows = 96, gemm_columns = 128, gemm_piece = 32;
 
+// Up to most_few rows read their weights once from memory, at its pace: few_depth neighbours of a panel at a time, and two
+// panels together where the sums of few_height rows leave registers for them.
+constexpr int64_t most_few = 16, few_depth = 64;
+constexpr int few_panels = 2, few_height = gemm_panels == 2 ? gemm_height : 2;
+
 // How one panel is read: `step` neighbours at a time, each as 16 floats.
 template <class Stored>
 struct FloatPanel {
@@ -76,10 +81,21 @@ struct FloatPanel<bf16> {
     }
 };
 
+// What a tile asks for ahead of its turn: nothing, where the weights are in a cache already.
+struct NoFetch {
+    IRC_INLINE void operator()(const uint8_t*) const {}
+};
+
+// The place `ahead` bytes further on, at each step.
+struct FetchAhead {
+    int64_t ahead;
+    IRC_INLINE void operator()(const uint8_t* place) const { prefetch(place + ahead); }
+};
+
 // H rows x times P panels over `length` neighbours: totals [H][gemm_columns] += product.
-template <class Panel, int H, int P>
+template <class Panel, int H, int P, class Fetch>
 inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
-                      float* totals) {
+                      float* totals, const Fetch& fetch) {
     f32x16 sums[H][P];
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
@@ -88,8 +104,11 @@ inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int6
     const auto step = [&](int64_t k, auto which) {
         f32x16 columns[P];
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p)
-            columns[p] = Panel::template columns<which.value>(Panel::at(panel + p * panel_bytes, k - which.value));
+        for (int p = 0; p < P; ++p) {
+            const uint8_t* place = Panel::at(panel + p * panel_bytes, k - which.value);
+            if constexpr (which.value == 0) fetch(place);
+            columns[p] = Panel::template columns<which.value>(place);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) {
             const f32x16 row = set1(x[m * stride + k]);
@@ -118,9 +137,9 @@ inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int6
 
 #if defined(IRC_AVX512)
 // The same with bf16 activations: vdpbf16ps multiplies pairs.
-template <class Panel, int H, int P>
+template <class Panel, int H, int P, class Fetch>
 inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
-                      float* totals) {
+                      float* totals, const Fetch& fetch) {
     __m512 sums[H][P];
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
@@ -129,7 +148,11 @@ inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64
     for (int64_t k = 0; k < length; k += 2) {
         __m512i columns[P];
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) columns[p] = _mm512_loadu_si512(Panel::at(panel + p * panel_bytes, k));
+        for (int p = 0; p < P; ++p) {
+            const uint8_t* place = Panel::at(panel + p * panel_bytes, k);
+            fetch(place);
+            columns[p] = _mm512_loadu_si512(place);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) {
             int32_t pair = 0;
@@ -148,11 +171,11 @@ inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64
 }
 #endif
 
-template <class Panel, int P, class Input>
+template <class Panel, int P, int Most = gemm_height, class Input, class Fetch = NoFetch>
 inline void gemm_tile(int64_t height, const Input* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                      int64_t length, float* totals) {
-    with_height<gemm_height>(height, [&](auto h) {
-        gemm_tile<Panel, decltype(h)::value, P>(x, stride, panel, panel_bytes, length, totals);
+                      int64_t length, float* totals, const Fetch& fetch = {}) {
+    with_height<Most>(height, [&](auto h) {
+        gemm_tile<Panel, decltype(h)::value, P>(x, stride, panel, panel_bytes, length, totals, fetch);
     });
 }
 
@@ -192,6 +215,40 @@ inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, in
             }
             n += 16 * panels;
         }
+    }
+}
+
+// Rows [0, rows), at most most_few, against up to `row_panels` panels: a short piece of k of each panel in turn, while the
+// piece behind it is on its way, so that there are as many streams of memory as with one row.
+template <class Panel, class Input>
+inline void few_rows_block(const Input* x, int64_t stride, const uint8_t* panel, int64_t rows, int64_t panels, int64_t size,
+                           float* totals) {
+    RowBlock<Input> block;
+    const int64_t panel_bytes = Panel::bytes(size), tiles = ceil_div(rows, gemm_height);
+    const int64_t ahead = Panel::at(panel, few_depth) - panel;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t p = 0; p < panels; ++p) store(totals + m * gemm_columns + 16 * p, zero());
+    for (int64_t k = 0; k < size; k += few_depth) {
+        const int64_t length = min_of(size - k, few_depth), done = Panel::at(panel, k) - panel;
+        block.fill(x + k, stride, rows, length);
+        const FetchAhead fetch{stream_ahead(row_panels, done, ahead, panel_bytes)};
+        const auto passes = [&](auto wide, int64_t p) {
+            constexpr int count = decltype(wide)::value, most = count == few_panels ? few_height : gemm_height;
+            const uint8_t* place = panel + done + p * panel_bytes;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t first = rows * tile / tiles, height = rows * (tile + 1) / tiles - first;
+                const Input* tile_rows = block.rows + first * block.stride;
+                float* sums = totals + first * gemm_columns + 16 * p;
+                if (tile == 0)
+                    gemm_tile<Panel, count, most>(height, tile_rows, block.stride, place, panel_bytes, length, sums, fetch);
+                else
+                    gemm_tile<Panel, count, most>(height, tile_rows, block.stride, place, panel_bytes, length, sums);
+            }
+        };
+        int64_t p = 0;
+        if (ceil_div(rows, tiles) <= few_height)
+            for (; p + few_panels <= panels; p += few_panels) passes(std::integral_constant<int, few_panels>(), p);
+        for (; p < panels; ++p) passes(std::integral_constant<int, 1>(), p);
     }
 }
 
@@ -254,8 +311,19 @@ inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uin
             return;
         }
     }
-    // Few rows: pieces of columns as small as the epilogue takes, so that all workers have some.
-    const int64_t width = num_rows <= 16 ? gemm_piece : gemm_columns;
+    if (num_rows <= most_few) {
+        constexpr int64_t units = 16 * row_panels / gemm_piece;
+        for_blocks(worker, ceil_div(num_columns, gemm_piece), units, [&](int64_t first, int64_t last) {
+            alignas(64) float totals[most_few * gemm_columns];
+            const int64_t n0 = first * gemm_piece, n1 = min_of(num_columns, last * gemm_piece);
+            few_rows_block<Panel>(x, stride, packed + n0 / 16 * panel_bytes, num_rows, ceil_div(n1 - n0, 16), size, totals);
+            for (int64_t m = 0; m < num_rows; ++m)
+                for (int64_t n = n0; n < n1; n += gemm_piece)
+                    finish(m, n, min_of(n1, n + gemm_piece), totals + m * gemm_columns + n - n0);
+        });
+        return;
+    }
+    const int64_t width = gemm_columns;
     const int64_t row_blocks = ceil_div(num_rows, gemm_rows), column_blocks = ceil_div(num_columns, width);
     for_chunks(worker, row_blocks * column_blocks, [&](int64_t chunk) {
         const int64_t row_block = chunk / column_blocks, n0 = chunk % column_blocks * width;

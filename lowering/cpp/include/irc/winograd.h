@@ -25,7 +25,7 @@
 
 IRC_BEGIN
 
-constexpr int64_t winograd_rows = 48, winograd_places = 16;
+constexpr int64_t winograd_rows = 48, winograd_places = 16, winograd_group = 64;
 
 // Rows of one place for up to `block` channels, as the tiles of conv_rows.h read them.
 struct SpreadRows {
@@ -45,7 +45,8 @@ struct SpreadRows {
     }
 };
 
-// Scratch memory of a worker: spread inputs [blocks of channels][places][rows][stride], then sums [places][rows][64].
+// Scratch memory of a worker: spread inputs [blocks of channels][places][rows][stride], then sums
+// [places][rows][conv_group].
 struct WinogradScratch {
     float *inputs, *sums;
 
@@ -114,7 +115,7 @@ inline void spread_inputs(const ConvShape& shape, const float* input, int64_t ti
 template <class Epilogue>
 inline void gather_outputs(const ConvShape& shape, const WinogradScratch& scratch, int64_t tile, int64_t row, int64_t n0,
                            int64_t n1, Epilogue& epilogue) {
-    alignas(64) float values[2][2][conv_group];
+    alignas(64) float values[2][2][winograd_group];
     for (int64_t n = 0; n < n1 - n0; n += 16) {
         f32x16 half[2][4];
 #pragma GCC unroll 4
@@ -147,17 +148,17 @@ inline void winograd_block(const ConvShape& shape, const float* input, const uin
     const int64_t panel_bytes = product.panel_bytes(shape.channels), count = t1 - t0;
     const auto nothing = [](int64_t, int64_t) {};
     for (int64_t t = t0; t < t1; ++t) spread_inputs(shape, input, t, scratch, t - t0);
-    for (int64_t n = n0; n < n1; n += conv_group) {
+    for (int64_t n = n0; n < n1; n += winograd_group) {
         for (int64_t place = 0; place < winograd_places; ++place)
             for (int64_t c = 0; c < shape.channels; c += gemm_depth) {
                 const SpreadRows rows{scratch.row(c / gemm_depth, place, 0), min_of(gemm_depth, shape.channels - c)};
                 const uint8_t* panel = packed + (n / 16 * winograd_places + 4 * place) * panel_bytes + product.panel_bytes(c);
-                for (int64_t p = 0; p < conv_group / 16; p += gemm_panels)
+                for (int64_t p = 0; p < winograd_group / 16; p += gemm_panels)
                     conv_panels<gemm_panels>(product, rows, count, panel + p * panel_bytes, panel_bytes, rows.channels,
                                              c == 0, scratch.sum(place, 0) + 16 * p, nothing);
             }
         for (int64_t t = t0; t < t1; ++t)
-            gather_outputs(shape, scratch, t, t - t0, n, min_of(n + conv_group, n1), epilogue);
+            gather_outputs(shape, scratch, t, t - t0, n, min_of(n + winograd_group, n1), epilogue);
     }
 }
 
@@ -169,9 +170,9 @@ inline void winograd_conv2d(Worker& worker, const ConvShape& shape, const float*
     const int64_t tiles = shape.batch * ceil_div(shape.out_height, 2) * ceil_div(shape.out_width, 2);
     const int64_t row_blocks = ceil_div(tiles, winograd_rows);
     // Channels are shared where there are few tiles: spreading the inputs again costs little.
-    int64_t width = round_up(shape.out_channels, conv_group);
-    while (width > conv_group && row_blocks * ceil_div(shape.out_channels, width) < 2 * worker.count && worker.count > 1)
-        width = round_up(width / 2, conv_group);
+    int64_t width = round_up(shape.out_channels, winograd_group);
+    while (width > winograd_group && row_blocks * ceil_div(shape.out_channels, width) < 2 * worker.count && worker.count > 1)
+        width = round_up(width / 2, winograd_group);
     const int64_t column_blocks = ceil_div(shape.out_channels, width);
     const WinogradScratch own(scratch + worker.index * WinogradScratch::bytes(shape.channels), shape.channels);
     for_chunks(worker, row_blocks * column_blocks, [&](int64_t chunk) {
