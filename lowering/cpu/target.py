@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -89,12 +89,13 @@ class CpuTarget(Target):
 class _Made:
     """Of one program, what does not depend on all options: schedules, and packed weights by what lies where."""
 
-    schedules: dict[Any, tuple[Program, list[str], Schedule]] = field(default_factory=dict)
-    blocks: dict[tuple[tuple[str, int], ...], Tensor] = field(default_factory=dict)
+    schedules: dict[str, tuple[Program, list[str], Schedule]] = field(default_factory=dict)
+    blocks: dict[tuple[tuple[str, int, int], ...], Tensor] = field(default_factory=dict)
 
     def schedule(self, program: Program, chosen: CpuOptions) -> tuple[Program, list[str], Schedule]:
         """(program with folded constants, notes, schedule)."""
-        key = (chosen.templates, tuple(chosen.printed), chosen.activations)
+        # Options that only matter after the schedule is made are left out.
+        key = repr(replace(chosen, threads=None, flags=(), save_isas=(), profile=False, share=None, private_rows=True))
         if key not in self.schedules:
             own, notes = fold_constants(program, _matchers(chosen))
             self.schedules[key] = own, notes, make_schedule(own, _matchers(chosen))
@@ -125,7 +126,7 @@ def _lower(program: Program, chosen: CpuOptions, made: _Made) -> CpuArtifact:
     # The compiler runs while the weights are packed; the artifact finds what it built.
     with ThreadPoolExecutor(1) as beside:
         building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
-        places = tuple(weights.offsets.items())
+        places = tuple((name, at, weights.sizes[name]) for name, at in weights.offsets.items())
         if places not in made.blocks:
             made.blocks[places] = weights.bytes()
         building.result()

@@ -150,6 +150,8 @@ def candidates(program: Program, options: CpuOptions, kinds: Sequence[str]) -> l
         found += [Candidate("threads", count) for count in (1 << i for i in range(10)) if count < most]
     if "printed" not in given and evaluate_cost(program_flops(program), program) < _SMALL_FLOPS:
         found += [Candidate("printed", (kind,)) for kind in kinds]
+    if "winograd" not in given and "conv2d" in kinds:
+        found.append(Candidate("winograd", False))
     if "private_rows" not in given and (options.threads or default_threads()) > 1:
         found.append(Candidate("private_rows", False))
     if "share" not in given:
