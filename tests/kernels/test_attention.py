@@ -43,9 +43,9 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
         args[f"{key}_strides"] = f"rows * kv_heads * {width}, {width}, kv_heads * {width}"
     bias = ""
     if problem.bias is not None:
-        args |= {"bias": "bias", "bias_strides": "queries * length, 0, length, 1"}
+        args |= {"bias": "bias", "bias_strides": "queries * length, 0, length, 1, length"}
         if problem.bias == "f32":
-            args["bias_strides"] = "0, length, 0, 1"
+            args["bias_strides"] = "0, length, 0, 1, length"
         bias = f" const {_BIAS_TYPES[problem.bias]}* bias,"
     if paged:
         args |= {key: key for key in ("sequence_ids", "table", "table_stride")}

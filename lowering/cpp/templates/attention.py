@@ -85,7 +85,8 @@ def call(problem: AttentionProblem, args: Mapping[str, str], epilogue: str) -> s
 
     Args: worker, scratch; batch, heads, kv_heads, queries, length; query, keys, values, each with `<name>_strides`:
         three expressions "batch, head, row" in elements.
-        With a bias: bias, and `bias_strides`: four expressions "batch, head, query, key", 0 where it is broadcast.
+        With a bias: bias, and `bias_strides`: five expressions "batch, head, query, key", 0 where it is broadcast, and
+        how many keys it has.
         Optional (default nullptr): positions (const int64_t* [batch, queries]), sinks (const float* [heads]).
         Flat tokens over a paged cache: sequence_ids (const int64_t* [queries]), table (const int64_t*), table_stride,
         page_size; batch is 1, the batch stride of keys and values is a block's, length is the table's width times

@@ -44,7 +44,7 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         mask=str(call.raw("mask")), window=call.raw("window"), scale=float(call.raw("scale")),
         softcap=call.raw("softcap"), bias=call.operand("bias").dtype if call.has("bias") else None,
     )  # fmt: skip
-    if problem.bias is not None and (paged or len(call.operand("bias").shape) != 4):
+    if problem.bias is not None and len(call.operand("bias").shape) != (3 if paged else 4):
         return None
     if template.refuses(problem, "plain") is not None:
         return None
@@ -120,8 +120,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         arguments.append(memory)
         args["table" if name == "block_tables" else name] = name
         if name == "bias":
-            strides = (text(0 if size == 1 else s) for size, s in zip(memory.shape, memory.strides, strict=True))
-            args["bias_strides"] = ", ".join(strides)
+            args["bias_strides"] = _bias_strides(memory, text)
     scratch = template.scratch_expression(problem, args, paged=paged)
     parameters.append("uint8_t* scratch")
     arguments.append("arguments.arena + scratch")
@@ -162,6 +161,15 @@ def _paged_sizes(query: Memory, keys: Memory, values: Memory, table: Memory, tex
     for name, memory in (("keys", keys), ("values", values)):
         found[f"{name}_strides"] = _row_strides(memory, True, text)
     return found
+
+
+def _bias_strides(memory: Memory, text: object) -> str:
+    """Strides of batch, head, query and key over [B|1, H|1, S|1, L] or, for flat tokens, [N|1, H|1, L]; and L."""
+    assert callable(text)
+    strides = [0 if size == 1 else stride for size, stride in zip(memory.shape, memory.strides, strict=True)]
+    if len(strides) == 3:
+        strides = [0, strides[1], strides[0], strides[2]]
+    return ", ".join(text(x) for x in (*strides, memory.shape[-1]))
 
 
 def _row_strides(memory: Memory, paged: bool, text: object) -> str:

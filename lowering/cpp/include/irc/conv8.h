@@ -32,31 +32,32 @@ IRC_INLINE i32x16 load_i32(const int32_t* p) {
     return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
 }
 // Written as instructions: from intrinsics compilers load the weights into registers, which twelve sums leave none for.
+IRC_INLINE __m256i dot_bytes(__m256i sum, const uint8_t* weights, __m256i x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i products;
+    __asm__("vpmaddubsw %3, %2, %0\n\tvpmaddwd %4, %0, %0\n\tvpaddd %0, %1, %1"
+            : "=&x"(products), "+x"(sum)
+            : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(weights)), "x"(ones));
+    return sum;
+}
+IRC_INLINE __m256i dot_shorts(__m256i sum, const uint8_t* weights, __m256i x) {
+    __m256i products;
+    __asm__("vpmaddwd %3, %2, %0\n\tvpaddd %0, %1, %1"
+            : "=&x"(products), "+x"(sum)
+            : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(weights)));
+    return sum;
+}
 IRC_INLINE void dot_bytes(i32x16& sum, const uint8_t* weights, const uint8_t* four) {
     int32_t bytes;
     std::memcpy(&bytes, four, 4);
-    const __m256i x = _mm256_set1_epi32(bytes), ones = _mm256_set1_epi16(1);
-    const auto add = [&](__m256i& half, const uint8_t* from) {
-        __m256i products;
-        __asm__("vpmaddubsw %3, %2, %0\n\tvpmaddwd %4, %0, %0\n\tvpaddd %0, %1, %1"
-                : "=&x"(products), "+x"(half)
-                : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(from)), "x"(ones));
-    };
-    add(sum.a, weights);
-    add(sum.b, weights + 32);
+    const __m256i x = _mm256_set1_epi32(bytes);
+    sum = {dot_bytes(sum.a, weights, x), dot_bytes(sum.b, weights + 32, x)};
 }
 IRC_INLINE void dot_shorts(i32x16& sum, const uint8_t* weights, const int16_t* two) {
     int32_t pair;
     std::memcpy(&pair, two, 4);
     const __m256i x = _mm256_set1_epi32(pair);
-    const auto add = [&](__m256i& half, const uint8_t* from) {
-        __m256i products;
-        __asm__("vpmaddwd %3, %2, %0\n\tvpaddd %0, %1, %1"
-                : "=&x"(products), "+x"(half)
-                : "x"(x), "m"(*reinterpret_cast<const __m256i_u*>(from)));
-    };
-    add(sum.a, weights);
-    add(sum.b, weights + 32);
+    sum = {dot_shorts(sum.a, weights, x), dot_shorts(sum.b, weights + 32, x)};
 }
 // A line of bytes as two of shorts: neighbours 0, 1 and 2, 3 of each column.
 IRC_INLINE void widen_line(const uint8_t* line, int16_t* pairs) {

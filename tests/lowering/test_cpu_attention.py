@@ -1,4 +1,4 @@
-"""Quantized keys and values on target cpu: attention reads them as they lie, and gives what the restored ones give."""
+"""Attention on target cpu: quantized keys and values are read as they lie, and pages take a bias."""
 
 from __future__ import annotations
 
@@ -70,3 +70,24 @@ def test_steps_read_the_cache_as_it_lies(cache: str) -> None:
     assert not [name for name in kernels(artifact) if "dequantize" in name]
     check = artifact.verify(program)
     assert check.passed, str(check)
+
+
+class OverPages(nn.Module):
+    """Attention over pages with a bias that knows fewer keys than the pages hold."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, table: Tensor, ids: Tensor, at: Tensor,
+                bias: Tensor) -> Tensor:  # fmt: skip
+        return torch.ops.irc.paged_attention(query, keys, values, table, ids, at, bias=bias, scale=0.3)
+
+
+def test_a_bias_over_pages() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, bias = torch.randn(5, 4, 16, generator=generator), torch.randn(5, 4, 10, generator=generator)
+    keys, values = torch.randn(2, 6, 4, 2, 16, generator=generator)
+    table, ids, at = torch.tensor([[3, 1, 2], [5, 0, 4]]), torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 9, 4, 7, 9])
+    inputs = (query, keys, values, table, ids, at, bias)
+    program = irc.capture(OverPages(), inputs)
+    artifact = CPU.lower(program, QUICK)
+    assert kernels(artifact) == ["k0_attention_paged_attention"]
+    (found,), (wanted,) = artifact.run(*inputs), program.run(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-6)
