@@ -28,6 +28,7 @@ import llama_cpp
 from bandwidth import Meter
 
 import irc
+from irc.core.report import Report
 from irc.core.target import Artifact
 
 # llama.cpp's format → pipeline that stores the same number of bits.
@@ -49,6 +50,7 @@ class Built:
     compile_s: float
     token_bytes: int  # read from memory for one token: all weights but the table of embeddings
     position_bytes: int  # of the cache, for each position before the token
+    report: Report
 
 
 def build(shape: str, kind: str, threads: int) -> Built:
@@ -86,7 +88,7 @@ def build(shape: str, kind: str, threads: int) -> Built:
     print(f"{shape} {kind}: compiled in {spent:.1f} s; " + "; ".join(artifact.notes), flush=True)
     table = sizes.vocabulary * sizes.width * (2 if kind == "bf16" else 4)
     position = 2 * sizes.layers * sizes.kv_heads * (sizes.width // sizes.heads) * 2
-    return Built(artifact, spent, artifact.weight_bytes - table, position)  # type: ignore[attr-defined]
+    return Built(artifact, spent, artifact.weight_bytes - table, position, compiled.report)  # type: ignore[attr-defined]
 
 
 class Session:

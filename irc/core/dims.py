@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -57,6 +56,9 @@ def new_dim(fake_mode: FakeTensorMode, name: str, hint: int, *, minimum: int = 1
     The ShapeEnv assumes a size of at least 2, so that broadcasting is decided once; programs are
     nevertheless run at size 1, which the tests of every captured model prove to be right.
     """
+    # Imported here: it takes two seconds, which a program that only runs saved artifacts need not spend.
+    from torch._dynamo.source import ConstantSource
+
     shape_env = fake_mode.shape_env
     assert shape_env is not None
     source = ConstantSource(f"irc_dim_{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -59,7 +60,7 @@ class CpuTarget(Target):
     def lower(self, program: Program, options: Options | None = None) -> CpuArtifact:
         chosen = read_options(CpuOptions, options, what="target cpu")
         require_compiler()
-        return _lower(program, chosen, {})
+        return _lower(program, chosen, _Made())
 
     def lower_tuned(
         self, program: Program, options: Options | None, seconds: float, progress: Progress | None = None
@@ -67,8 +68,7 @@ class CpuTarget(Target):
         """As `lower`, with what is fastest here of the choices that options do not settle: see `tuning.py`."""
         chosen = read_options(CpuOptions, options, what="target cpu")
         require_compiler()
-        blocks: Blocks = {}
-        return tune(partial(_lower, program, blocks=blocks), program, chosen, _printable_kinds(program, chosen),
+        return tune(partial(_lower, program, made=_Made()), program, chosen, _printable_kinds(program, chosen),
                     seconds, progress)  # fmt: skip
 
     def default_passes(self, program: Program) -> list[Pass]:
@@ -85,15 +85,28 @@ class CpuTarget(Target):
         return [*merges, *portable_passes(program)]
 
 
-Blocks = dict[tuple[tuple[str, int], ...], Tensor]
-"""Packed weights of one program, by what lies where."""
+@dataclass
+class _Made:
+    """Of one program, what does not depend on all options: schedules, and packed weights by what lies where."""
+
+    schedules: dict[str, tuple[Program, list[str], Schedule]] = field(default_factory=dict)
+    blocks: dict[tuple[tuple[str, int, int], ...], Tensor] = field(default_factory=dict)
+
+    def schedule(self, program: Program, chosen: CpuOptions) -> tuple[Program, list[str], Schedule]:
+        """(program with folded constants, notes, schedule)."""
+        # Options that only matter after the schedule is made are left out.
+        key = repr(replace(chosen, threads=None, flags=(), save_isas=(), profile=False, share=None, private_rows=True))
+        if key not in self.schedules:
+            own, notes = fold_constants(program, _matchers(chosen))
+            self.schedules[key] = own, notes, make_schedule(own, _matchers(chosen))
+        own, notes, schedule = self.schedules[key]
+        return own, list(notes), schedule
 
 
-def _lower(program: Program, chosen: CpuOptions, blocks: Blocks) -> CpuArtifact:
-    """The artifact; weights that `blocks` has are not packed again."""
+def _lower(program: Program, chosen: CpuOptions, made: _Made) -> CpuArtifact:
+    """The artifact; what was made before for other options is used where it holds."""
     check(program, chosen).require(program)
-    own, notes = fold_constants(program, _matchers(chosen))
-    schedule = make_schedule(own, _matchers(chosen))
+    own, notes, schedule = made.schedule(program, chosen)
     _require_printable(schedule)
     weights = WeightBlock()
     private = find_private(schedule) if chosen.private_rows else Private()
@@ -113,11 +126,11 @@ def _lower(program: Program, chosen: CpuOptions, blocks: Blocks) -> CpuArtifact:
     # The compiler runs while the weights are packed; the artifact finds what it built.
     with ThreadPoolExecutor(1) as beside:
         building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
-        places = tuple(weights.offsets.items())
-        if places not in blocks:
-            blocks[places] = weights.bytes()
+        places = tuple((name, at, weights.sizes[name]) for name, at in weights.offsets.items())
+        if places not in made.blocks:
+            made.blocks[places] = weights.bytes()
         building.result()
-    return CpuArtifact(manifest, printed.text, blocks[places], chosen, notes=notes, program=program)
+    return CpuArtifact(manifest, printed.text, made.blocks[places], chosen, notes=notes, program=program)
 
 
 def _printable_kinds(program: Program, options: CpuOptions) -> list[str]:

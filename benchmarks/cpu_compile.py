@@ -1,0 +1,97 @@
+"""Time of compiling a Llama for target cpu: with an empty cache, with a kept one, and of loading what was saved.
+
+    python benchmarks/cpu_compile.py                        # 1.1B, int4: about 10 GB of memory
+    python benchmarks/cpu_compile.py --shape 135M --format q8_0
+    python benchmarks/cpu_compile.py --quick                # 135M
+
+Each compilation runs in a process of its own; imports and the making of random weights are not counted. Passes are not
+verified by numbers (`verify="off"`; that time is the model's own), types, rules and the passes' own promises are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def compile_once(shape: str, kind: str, threads: int, folder: str) -> dict[str, float]:
+    """Seconds of a compilation by part; the artifact is saved into the folder."""
+    import cpu_decode
+
+    built = cpu_decode.build(shape, kind, threads)
+    rows = built.report.rows
+    built.artifact.save(Path(folder) / "model.irca")
+    return {
+        "total_s": built.compile_s,
+        "capture_s": rows[0].ms / 1e3,
+        "passes_s": sum(row.ms for row in rows[1:-1]) / 1e3,
+        "checks_s": sum(row.verify_ms for row in rows) / 1e3,
+        "lowering_s": rows[-1].ms / 1e3,
+    }
+
+
+def load_once(threads: int, folder: str) -> dict[str, float]:
+    """Seconds until a saved artifact is ready, and of its first token."""
+    import torch
+
+    import irc
+    import irc.lowering
+
+    load = irc.load  # imports what it needs
+    started = time.perf_counter()
+    artifact = load(Path(folder) / "model.irca", options={"threads": threads})
+    loaded = time.perf_counter()
+    caches = artifact.new_caches(1)
+    artifact.step(caches, torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([[0]]))
+    return {"total_s": loaded - started, "first_token_s": time.perf_counter() - loaded}
+
+
+def in_process(what: str, args: argparse.Namespace, folder: str) -> dict[str, float]:
+    """The same in a process of its own, over the cache in the folder."""
+    command = [sys.executable, __file__, "--shape", args.shape, "--format", args.format,
+               "--threads", str(args.threads), "--in-process", what, "--folder", folder]  # fmt: skip
+    environment = {**os.environ, "IRC_CACHE": str(Path(folder) / "cache")}
+    answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1.1B", help="as in cpu_decode.py")
+    parser.add_argument("--format", default="q4_0", help="as in cpu_decode.py")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="the 135M shape")
+    parser.add_argument("--json", action="store_true", help="last line: one JSON object")
+    parser.add_argument("--in-process", choices=("compile", "load"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.shape = "135M"
+    if args.in_process:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        run = compile_once(args.shape, args.format, args.threads, args.folder) if args.in_process == "compile" else None
+        print(json.dumps(run or load_once(args.threads, args.folder)))
+        return
+    results: dict[str, Any] = {"shape": args.shape, "format": args.format, "threads": args.threads}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, what in (("cold", "compile"), ("kept cache", "compile"), ("load", "load")):
+            results[name] = in_process(what, args, folder)
+            print(f"{name:10s} " + "  ".join(f"{key} {value:6.2f}" for key, value in results[name].items()), flush=True)
+    if args.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
