@@ -246,11 +246,11 @@ class Engine:
 
     def _continue(self, works: list[Work], logits: Tensor, outputs: list[Output]) -> None:
         """Choose the tokens that follow, for every sequence whose last token was computed, and add them."""
+        if self.scheduler.settled and len(works) == len(logits) and self._go_on(logits, outputs):
+            return
         rows: list[tuple[Work, int]] = []
         first_rows = dict[SequenceState, int]()
         count = 0
-        if self.scheduler.settled and len(works) == len(logits):
-            rows, works = list(zip(works, range(len(works)), strict=True)), []
         for work in works:
             sequence = work.sequence
             if sequence.num_computed + work.count < len(sequence.ids) + len(sequence.draft):
@@ -268,6 +268,20 @@ class Engine:
             self._continue_plain(rows, logits, outputs)
         else:
             self._continue_trees(rows, first_rows, logits, outputs)
+
+    def _go_on(self, logits: Tensor, outputs: list[Output]) -> bool:
+        """One more token for each of the sequences that decode together; False: they are to be looked at one by one."""
+        cohort = self.scheduler.cohort
+        if cohort is None or not cohort.goes_on:
+            return False
+        started = time.perf_counter()
+        best = likeliest(logits)
+        self.stats.choosing_ms += (time.perf_counter() - started) * 1e3
+        if not cohort.go_on(best, outputs):
+            return False
+        self.scheduler.went_on(cohort)
+        self.stats.new_tokens += len(best)
+        return True
 
     def _continue_plain(self, rows: list[tuple[Work, int]], logits: Tensor, outputs: list[Output]) -> None:
         """The same where the likeliest token is wanted of all. Nearly every step is one, so it is worth being quick."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from irc.runtime.block_manager import BlockManager
 from irc.runtime.branches import Branches
+from irc.runtime.cohort import Cohort
 from irc.runtime.requests import SequenceState
 
 
@@ -41,6 +42,7 @@ class Scheduler:
         branches: of the step's sequences; the rows of block tables behind `max_sequences` are theirs.
         settled: the plan is that of the step before, in which every running sequence got one token; nothing has come,
             gone or been guessed since.
+        cohort: the sequences of the plan, if it may be the next step's too.
         crossed: where the plan is settled, the indices of its works whose token begins a block.
     """
 
@@ -56,6 +58,7 @@ class Scheduler:
         self._rows = list(range(max_sequences))[::-1]
         self.branches = Branches(blocks, max_sequences)
         self.settled = False
+        self.cohort: Cohort | None = None
         self.crossed: Sequence[int] = ()
         self._same: list[Work] = []
         self._crossings: dict[int, list[int]] = {}  # by the step from here, and every block_size-th behind it
@@ -119,6 +122,7 @@ class Scheduler:
                 return
             crossings.setdefault(-(sequence.num_computed + 1) % size, []).append(index)
         self._same, self._crossings, self._phase = works, crossings, -1
+        self.cohort = Cohort([work.sequence for work in works])
 
     def _go_on(self) -> bool:
         """One token further with the same plan; False: a block is missing."""
@@ -134,7 +138,7 @@ class Scheduler:
 
     def unsettle(self) -> None:
         """Something else than one more token of each running sequence is to be done."""
-        self._same = []
+        self._same, self.cohort = [], None
 
     def _chunk(self, sequence: SequenceState, budget: int) -> int:
         """Fewer tokens than the sequence has left: no more than the budget and a chunk of prefill; no draft then."""
@@ -265,6 +269,13 @@ class Scheduler:
             block = sequence.blocks[len(sequence.contents)]
             content = self.blocks.register(sequence.last_content, sequence.ids[start : start + size], block)
             sequence.contents.append(content)
+
+    def went_on(self, cohort: Cohort) -> None:
+        """Every sequence of the cohort, which is this step's plan, has got one more token and computed one more."""
+        for client, count in cohort.clients.items():
+            self.served[client] += count
+        for index in self._crossings.get((self._phase + 1) % self.blocks.block_size, ()):
+            self.computed(cohort.sequences[index], 0)
 
     def check(self) -> None:
         """Check the books; see `BlockManager.check`."""

@@ -6,7 +6,8 @@ T(n), a draft D(k); both are measured while running. The length is the k that ma
     Σ_s E_s(k) / (T(n_0 + k·B) + D(k)),    k = 0: plain decoding
 
 Where k = 0 wins, it is tried again after a while, ever more rarely; where guessing wins, a plain step now and then
-keeps T(B) true. Times are of whole steps, as a guess that stands also saves the work around the model.
+keeps T(B) true. Times are of whole steps, as a guess that stands also saves the work around the model. A machine that
+has other work is at times half as fast for a while: all times are multiples of one pace, which follows every step.
 
 Source: Leviathan, Kalman and Matias 2023, section 3 (expected number of tokens and improvement factor).
 """
@@ -26,12 +27,13 @@ _FIRST_LENGTHS = (4, 2, 4, 2, 4, 2)
 """Drafts before anything is decided: the first step of a new size is often a slow one, and must not decide alone."""
 _MEMORY = 0.9
 _PRIOR_WEIGHT = 4.0
-_FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 16, 4, 1024
+_SHORT_PAUSE, _FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 8, 16, 4, 1024
+_PACE = 0.1
 _GAIN = 1.05
 """Guessing must promise at least this much: figures are noisy, and plain decoding has none of the risk."""
 
 
-def expected_tokens(acceptance: float, length: int) -> float:
+def expected_tokens(acceptance: float, length: float) -> float:
     """Tokens that a round with a draft of `length` gives in expectation."""
     if acceptance >= 1.0:
         return length + 1.0
@@ -44,10 +46,23 @@ def predicted_speedup(acceptance: float, length: int, draft_cost: float, verify_
 
 
 @dataclass
-class Times:
-    """Times in ms by a count: the median of the latest ones; between counts that were seen, interpolated."""
+class Pace:
+    """How fast the machine is now; 1: as at the first step."""
 
-    seen: dict[int, float] = field(default_factory=dict)
+    factor: float = 1.0
+
+    def follow(self, ratio: float) -> None:
+        """A step took `ratio` times as long as was expected."""
+        self.factor *= min(max(ratio, 0.5), 2.0) ** _PACE
+
+
+@dataclass
+class Times:
+    """Times in ms by a count: the median of the latest ones, at today's pace; between counts that were seen,
+    interpolated."""
+
+    pace: Pace = field(default_factory=Pace)
+    _known: dict[int, float] = field(default_factory=dict)
     _order: list[int] = field(default_factory=list)
     _latest: dict[int, deque[float]] = field(default_factory=dict)
 
@@ -57,29 +72,44 @@ class Times:
         if latest is None:
             latest = self._latest[count] = deque(maxlen=_REMEMBERED)
             bisect.insort(self._order, count)
-        latest.append(ms)
-        self.seen[count] = sorted(latest)[(len(latest) - 1) // 2]
+        else:
+            self.pace.follow(ms / (self._known[count] * self.pace.factor))
+        latest.append(ms / self.pace.factor)
+        self._known[count] = sorted(latest)[(len(latest) - 1) // 2]
+
+    @property
+    def seen(self) -> dict[int, float]:
+        """The times of the counts that were seen."""
+        return {count: self.seen_at(count) for count in self._order}
+
+    def seen_at(self, count: int) -> float:
+        """The time of a count that was seen."""
+        return self._known[count] * self.pace.factor
 
     @property
     def smallest(self) -> int | None:
         """The smallest count that was seen."""
         return self._order[0] if self._order else None
 
+    def nearest(self, count: int) -> int | None:
+        """The count nearest to this one that was seen."""
+        return min(self._order, key=lambda known: abs(known - count)) if self._order else None
+
     def at(self, count: int) -> float | None:
         """The time for a count; None before anything was seen."""
         if not self._order:
             return None
-        if count in self.seen:
-            return self.seen[count]
+        if count in self._known:
+            return self.seen_at(count)
         at = bisect.bisect(self._order, count)
         if at == 0:
-            return self.seen[self._order[0]]
+            return self.seen_at(self._order[0])
         low = self._order[at - 1]
         if at == len(self._order):
-            return self.seen[low]  # optimistic: what was never tried is worth trying
+            return self.seen_at(low)  # optimistic: what was never tried is worth trying
         high = self._order[at]
         share = (count - low) / (high - low)
-        return self.seen[low] + share * (self.seen[high] - self.seen[low])
+        return self.seen_at(low) + share * (self.seen_at(high) - self.seen_at(low))
 
 
 @dataclass
@@ -114,6 +144,9 @@ class Controller:
     _guessed: int = 0
     _rounds: int = 0
 
+    def __post_init__(self) -> None:
+        self.draft_times.pace = self.times.pace
+
     def acceptance(self, sequence: SequenceState | None = None) -> float:
         """Estimated probability that a guessed token stands: of a sequence, with what all showed as a prior."""
         weight = self._all.accepted + self._all.rejected
@@ -135,6 +168,9 @@ class Controller:
             return [min(_FIRST_LENGTHS[self._rounds], self.max_length)] * len(sequences)
         rates = [self.acceptance(s) for s in sequences]
         best = self.best_length(rates)
+        if best == 0 and self.best_length([self.acceptance()] * len(sequences)) > 0:
+            self._paused = _SHORT_PAUSE  # it is these sequences that are hard to guess, and not for ever
+            return [0] * len(sequences)
         if best == 0:
             # The next try after the pause is a short one: it only has to show that things have changed.
             self._paused, self._pause = self._pause, min(_LONGER * self._pause, _LONGEST_PAUSE)
@@ -171,23 +207,27 @@ class Controller:
                 best, most = length, speed
         return best
 
-    def predicted(self, rate: float | None) -> float | None:
-        """Speed-up of one sequence that the formula gives for an acceptance rate and the measured times."""
+    def predicted(self, alpha: float | None, rounds: int, drafted: int, plain_steps: int) -> float | None:
+        """Speed-up of one sequence by the formula, from measured times and how often how much was guessed.
+
+        Args:
+            alpha: probability that a token stands.
+            rounds, drafted: steps with a draft, and the tokens of all drafts.
+            plain_steps: steps without.
+        """
         plain = self.times.at(1)
-        if rate is None or plain is None:
+        if alpha is None or plain is None or not rounds:
             return None
-        length = self.best_length([rate])
-        if length == 0:
-            return 1.0
-        draft, verify = self._draft_time(length), self.times.at(length + 1) or plain
-        return predicted_speedup(rate, length, draft / length / plain, max(verify, plain) / plain)
+        length = drafted / rounds
+        near = max(round(length), 1)
+        verify = max(self.times.at(near + 1) or plain, plain)
+        tokens = rounds * expected_tokens(alpha, length) + plain_steps
+        return tokens * plain / (rounds * (verify + self._draft_time(near)) + plain_steps * plain)
 
     def _draft_time(self, length: int) -> float:
         """Measured, or in proportion to the nearest length that was."""
-        if not self.draft_times.seen:
-            return 0.0
-        nearest = min(self.draft_times.seen, key=lambda known: abs(known - length))
-        return self.draft_times.seen[nearest] * length / nearest
+        nearest = self.draft_times.nearest(length)
+        return 0.0 if nearest is None else self.draft_times.seen_at(nearest) * length / nearest
 
     def measured_draft(self, length: int, ms: float) -> None:
         """A draft of so many tokens took so long."""

@@ -130,7 +130,7 @@ class Speculation:
 
     def measured(self, num_tokens: int, model_ms: float) -> None:
         """A step over so many tokens took so long."""
-        if self._batch and not self._resting:
+        if self._batch:
             self.controller.measured(num_tokens, model_ms)
 
     def forget(self, sequence: SequenceState) -> None:
