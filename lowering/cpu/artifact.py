@@ -29,7 +29,10 @@ from irc.lowering.cpu.options import CpuOptions
 MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
 GRAPH = "graph.irc"
 FORMAT = 1
-MOST_BOUND = 16
+MOST_BOUND = 32
+# Bytes of weights below which a step of a language model is a matter of microseconds: meeting other threads costs more
+# than they help, and most where PyTorch's own threads, which wait by spinning, are on the same processors.
+_SMALL_STEP = 4 << 20
 """Shapes of steps that are remembered with the caches they were called with."""
 
 
@@ -52,7 +55,8 @@ class CpuArtifact(Artifact):
         self.isa = choose_isa(options.isa)
         self._weights, self._program, self._folder = weights, program, folder
         self.object_path = _prebuilt(folder, self.isa) or build(source, isa=self.isa, flags=options.flags)
-        self._library = Library(self.object_path, weights, options.threads or default_threads())
+        small = kv_cache is not None and weights.numel() < _SMALL_STEP
+        self._library = Library(self.object_path, weights, options.threads or (1 if small else default_threads()))
         self._bound: dict[tuple[torch.Size | None, ...], BoundStep] = {}
         self._written = {i for i in self.signature.in_place if i is not None}
 

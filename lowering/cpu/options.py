@@ -16,7 +16,7 @@ class CpuOptions:
 
     Attributes:
         isa: instruction set, `plain`, `avx2` or `avx512`; None: the most capable that this processor has.
-        threads: of the pool; None: as many as PyTorch uses.
+        threads: of the pool; None: as many as PyTorch uses, but one for a small language model (4 MB of weights).
         flags: further options of the compiler.
         save_isas: instruction sets to build into a saved artifact (empty: the one in use).
         activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the

@@ -26,7 +26,7 @@ _PLAIN_EVERY = 64
 _FIRST_LENGTHS = (4, 2, 4, 2, 4, 2)
 """Drafts before anything is decided: the first step of a new size is often a slow one, and must not decide alone."""
 _MEMORY = 0.9
-_PRIOR_WEIGHT = 4.0
+_PRIOR_WEIGHT = 6.0
 _SHORT_PAUSE, _FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 8, 16, 4, 1024
 _PACE = 0.1
 _GAIN = 1.05
@@ -67,13 +67,16 @@ class Times:
     _latest: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, count: int, ms: float) -> None:
-        """Take in one measurement; a rare long one (something else had the processor) does not count."""
+        """Take in one measurement; a rare long one (something else had the processor) does not count, nor does the
+        first of a size, in which targets work out what they will need again."""
         latest = self._latest.get(count)
         if latest is None:
-            latest = self._latest[count] = deque(maxlen=_REMEMBERED)
-            bisect.insort(self._order, count)
+            self._latest[count] = deque(maxlen=_REMEMBERED)
+            return
+        if latest:
+            self.pace.follow(ms / self.seen_at(count))
         else:
-            self.pace.follow(ms / (self._known[count] * self.pace.factor))
+            bisect.insort(self._order, count)
         latest.append(ms / self.pace.factor)
         self._known[count] = sorted(latest)[(len(latest) - 1) // 2]
 
@@ -120,6 +123,10 @@ class _Acceptance:
     def add(self, accepted: int, rejected: int) -> None:
         self.accepted = self.accepted * _MEMORY + accepted
         self.rejected = self.rejected * _MEMORY + rejected
+
+    def fade(self) -> None:
+        """What is known gets old."""
+        self.accepted, self.rejected = 0.5 * self.accepted, 0.5 * self.rejected
 
 
 @dataclass
@@ -170,6 +177,9 @@ class Controller:
         best = self.best_length(rates)
         if best == 0 and self.best_length([self.acceptance()] * len(sequences)) > 0:
             self._paused = _SHORT_PAUSE  # it is these sequences that are hard to guess, and not for ever
+            for sequence in sequences:
+                if sequence in self._own:
+                    self._own[sequence].fade()
             return [0] * len(sequences)
         if best == 0:
             # The next try after the pause is a short one: it only has to show that things have changed.
