@@ -1,5 +1,5 @@
 // Functions on single numbers for printed loops. All are free of branches, so that a compiler can run them in lanes;
-// the bounds on their errors are for f32 and were measured over the whole range (tests/lowering/test_cpp.py).
+// the bounds on their errors are for f32 and were measured over the whole range.
 #pragma once
 
 #include "irc/isa.h"
