@@ -35,12 +35,13 @@ struct FloatProduct {
     using Sum = float;
     using Sums = f32x16;
     struct Ready {};
+    static constexpr int height = gemm_height, panels = gemm_panels;
     static constexpr int64_t step = Panel::step, block = gemm_depth;
     static constexpr int64_t step_bytes = step * 16 * static_cast<int64_t>(sizeof(Stored));
     FloatInputs inputs;
 
     static int64_t panel_bytes(int64_t places) { return Panel::bytes(places); }
-    static f32x16 none() { return zero(); }
+    static f32x16 start(int64_t) { return zero(); }
     static f32x16 load_sums(const float* from) { return load(from); }
     static const uint8_t* ready(const uint8_t* panel, int64_t, Ready&) { return panel; }
     template <int which, int H, int P, class Tile>
