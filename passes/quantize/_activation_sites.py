@@ -72,11 +72,11 @@ def find_activation_sites(
     readers: dict[fx.Node, list[Reader]] = {}
     for node in program.graph.nodes:
         if residuals and node.target in _SUMS:
-            found = _residual(node, float_weights)
-            if isinstance(found, Skip):
-                yield found
-            elif found is not None:
-                readers.setdefault(arguments(node)[found.argument], []).append(found)
+            added = _residual(node, float_weights)
+            if isinstance(added, Skip):
+                yield added
+            elif added is not None:
+                readers.setdefault(arguments(node)[added.argument], []).append(added)
             continue
         reason = _why_not(node, attention=attention, float_weights=float_weights)
         if reason is not None:

@@ -217,7 +217,8 @@ def _quantize_before_pooling(program: Program, quantized: fx.Node) -> bool:
         if isinstance(part, fx.Node):
             pool.prepend(part)  # a weight: it may stand anywhere
     stored = program.insert(ops.quantize.default, x, *parts, before=pool, format=quantized.kwargs["format"])
-    again = program.insert(ops.dequantize.default, stored, *parts, before=pool, **restored.kwargs)
+    options: dict[str, Any] = dict(restored.kwargs)
+    again = program.insert(ops.dequantize.default, stored, *parts, before=pool, **options)
     pool.replace_input_with(x, again)
     return True
 

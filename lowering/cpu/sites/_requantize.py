@@ -112,7 +112,7 @@ class Requantization:
             ("const float* factors", f"reinterpret_cast<const float*>(arguments.weights + {at})"),
             ("float added_factor", f"{float(torch.tensor(added_factor, dtype=torch.float32))!r}f"),
             ("float least", f"{self.low - self.zero}"), ("float most", f"{self.high - self.zero}"),
-            ("int result_zero", str(self.zero)), ("bool relu", str(self.relu).lower()),
+            ("int result_zero", str(self.zero)), ("bool relu", str(self.relu and self.zero != self.low).lower()),
         ]  # fmt: skip
         parameters, arguments = zip(*given, strict=True)
         return PrintedEpilogue(text, parameters, arguments, (), takes_sums=True)

@@ -148,23 +148,41 @@ struct ByteProduct : IntegerProduct {
     static const uint8_t* ready(const uint8_t* panel, int64_t, Ready&) { return panel; }
     i32x16 start(int64_t n) const { return load_i32(corrections + n); }
     template <int H, int P, class Tile>
-    IRC_INLINE void multiply(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
+    IRC_INLINE void multiply(const Tile& tile, int64_t length, const uint8_t* panel, int64_t panel_bytes,
                              i32x16 (&sums)[H][P]) const {
 #if defined(IRC_AVX2)
-        if (__builtin_expect(heavy[(panel - packed) / 128] == 0, 1)) {
-#pragma GCC unroll 16
-            for (int m = 0; m < H; ++m) {
-                const __m256i near = four_bytes(tile.at(m, k)), far = four_bytes(tile.at(m, k + 4));
-#pragma GCC unroll 2
-                for (int p = 0; p < P; ++p) {
-                    const uint8_t* at = panel + p * panel_bytes;
-                    sums[m][p].a = dot_bytes(sums[m][p].a, at, at + 64, near, far);
-                    sums[m][p].b = dot_bytes(sums[m][p].b, at + 32, at + 96, near, far);
-                }
-            }
-            return;
+        const uint8_t* heavy_step = heavy + static_cast<uint64_t>(panel - packed) / step_bytes;
+        for (int64_t k = 0; k < length; k += step, panel += step_bytes, ++heavy_step) {
+            if (__builtin_expect(*heavy_step == 0, 1))
+                multiply_step(tile, k, panel, panel_bytes, sums);
+            else
+                multiply_lines(tile, k, panel, panel_bytes, sums);
         }
+#else
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < length; k += step, panel += step_bytes)
+            multiply_lines(tile, k, panel, panel_bytes, sums);
 #endif
+    }
+#if defined(IRC_AVX2)
+    template <int H, int P, class Tile>
+    static IRC_INLINE void multiply_step(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
+                                         i32x16 (&sums)[H][P]) {
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) {
+            const __m256i near = four_bytes(tile.at(m, k)), far = four_bytes(tile.at(m, k + 4));
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) {
+                const uint8_t* at = panel + p * panel_bytes;
+                sums[m][p].a = dot_bytes(sums[m][p].a, at, at + 64, near, far);
+                sums[m][p].b = dot_bytes(sums[m][p].b, at + 32, at + 96, near, far);
+            }
+        }
+    }
+#endif
+    template <int H, int P, class Tile>
+    static IRC_INLINE void multiply_lines(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
+                                          i32x16 (&sums)[H][P]) {
 #pragma GCC unroll 2
         for (int64_t line = 0; line < step / 4; ++line)
 #pragma GCC unroll 16
@@ -214,12 +232,13 @@ struct ShortProduct : IntegerProduct {
         return reinterpret_cast<const uint8_t*>(ready.panel);
     }
     template <int H, int P, class Tile>
-    static IRC_INLINE void multiply(const Tile& tile, int64_t k, const uint8_t* panel, int64_t, i32x16 (&sums)[H][P]) {
+    static IRC_INLINE void multiply(const Tile& tile, int64_t length, const uint8_t* panel, int64_t,
+                                    i32x16 (&sums)[H][P]) {
         static_assert(P == 1, "one panel is widened at a time");
-#pragma GCC unroll 2
-        for (int pair = 0; pair < 2; ++pair)
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < length; k += 2, panel += 64)
 #pragma GCC unroll 16
-            for (int m = 0; m < H; ++m) dot_shorts(sums[m][0], panel + 64 * pair, tile.at(m, k + 2 * pair));
+            for (int m = 0; m < H; ++m) dot_shorts(sums[m][0], panel, tile.at(m, k));
     }
     const float* finish(const int32_t* sums, int64_t n0, int64_t n1, float* values) const {
         for (int64_t n = n0; n < n1; n += 16)

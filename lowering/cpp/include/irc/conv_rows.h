@@ -16,7 +16,7 @@
 //     panel_bytes(places)    of 16 columns; places before a multiple of `step` lie in front of those behind
 //     ready(panel, …)        the panel as tiles read it
 //     start(n)               what the sums of channels n to n + 16 start with
-//     multiply(…)            H rows × P panels × `step` places
+//     multiply(…)            H rows × P panels × `length` places, a multiple of `step`
 //     finish(…)              what the epilogue gets
 //
 // The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m, soon after their last
@@ -59,6 +59,14 @@ template <class Inputs, class Input, class Row>
 inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, const Input* end,
                           RunStart start, int64_t y, int64_t x, int64_t length, Row* to) {
     const int64_t width = shape.group_channels(), run = start.run;
+    const bool all = start.runs_a_row == 1 && length == run * shape.kernel_y;
+    if (all && y >= 0 && x >= 0 && x + shape.kernel_x <= shape.width &&
+        y + (shape.kernel_y - 1) * shape.dilation_y < shape.height) {
+        const Input* from = image + (y * shape.width + x) * shape.channels;
+        for (int64_t i = 0; i < shape.kernel_y; ++i, to += run, from += shape.dilation_y * shape.width * shape.channels)
+            inputs.copy(to, from, run, end - from);
+        return;
+    }
     for (int64_t done = 0; done < length;) {
         const int64_t at = start.at, count = min_of(run - at, length - done);
         const int64_t top = y + start.row * shape.dilation_y, left = x + start.column * shape.dilation_x;
@@ -224,11 +232,8 @@ inline void conv_tile(const Product& product, const Rows& rows, int64_t row, con
     for (int64_t piece = 0; piece < rows.pieces; ++piece) {
         const auto tile = rows.template tile<H>(piece, row);
         const int64_t length = rows.length(piece);
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < length; k += Product::step) {
-            product.template multiply<H, P>(tile, k, panel, panel_bytes, sums);
-            panel += Product::step_bytes;
-        }
+        product.template multiply<H, P>(tile, length, panel, panel_bytes, sums);
+        panel += length / Product::step * Product::step_bytes;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
@@ -257,15 +262,20 @@ inline void conv_panels(const Product& product, const Rows& rows, int64_t count,
     typename Product::Ready ready;
     const uint8_t* weights = product.ready(panel, length, ready);
     const int64_t tiles = ceil_div(count, Product::height), ahead = P * Product::panel_bytes(length) / tiles;
-    const int64_t least = count / tiles, higher = count % tiles;
-    for (int64_t tile = 0, begin = 0, end; tile < tiles; ++tile, begin = end) {
-        end = begin + least + (tile < higher);
-        fetch_later(panel + P * panel_bytes + tile * ahead, ahead);
-        with_height<Product::height>(end - begin, [&](auto h) {
-            conv_tile<Product, decltype(h)::value, P>(product, rows, begin, weights, panel_bytes, at, epilogue);
+    const int64_t least = count / tiles, higher = count % tiles * (least + 1);
+    const uint8_t* next = panel + P * panel_bytes;
+    const auto run = [&](int64_t begin, int64_t end, int64_t height) {
+        with_height<Product::height>(height, [&](auto h) {
+            for (int64_t row = begin; row < end; row += h) {
+                fetch_later(next, ahead);
+                next += ahead;
+                conv_tile<Product, decltype(h)::value, P>(product, rows, row, weights, panel_bytes, at, epilogue);
+                done(row, row + h);
+            }
         });
-        done(begin, end);
-    }
+    };
+    if (higher > 0) run(0, higher, least + 1);
+    run(higher, count, least);
 }
 
 // What a block of rows needs in memory: sums of all its columns, or of as many as the epilogue gets at once.
