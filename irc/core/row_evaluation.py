@@ -148,7 +148,7 @@ class RowEvaluator:
         fill = _FILLED[node.target]
         if fill is None:
             fill = self._values(node.args[2 if node.target is aten.new_full.default else 1])
-        return torch.full(shape, fill, dtype=node.meta[VAL].dtype)  # type: ignore[arg-type]
+        return torch.full(shape, fill, dtype=node.meta[VAL].dtype)
 
     def _triangle(self, node: fx.Node, rows: list[int], shape: tuple[int, ...]) -> Tensor:
         """Rows of tril and triu: column - row ≤ (≥) diagonal."""

@@ -264,7 +264,7 @@ def read_options(cls: type[_OptionsT], given: Options | _OptionsT | None, *, wha
     """
     if isinstance(given, cls):
         return given
-    values = dict(given or {})  # type: ignore[arg-type, call-overload]
+    values = dict(given or {})  # type: ignore[arg-type]
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     unknown = [name for name in values if name not in known]
     if unknown:

@@ -267,8 +267,8 @@ class Reader:
             return Mlp(up[0], linear_of(self.program, down), activation, gate[0]), linear_input(up[1])
         if is_irc_op(inner.target, "linear_activation"):
             weight, bias = inner.args[1], inner.args[2] if len(inner.args) > 2 else None
-            up_layer = Linear(weight, bias)  # type: ignore[arg-type]
-            return Mlp(up_layer, linear_of(self.program, down), str(inner.kwargs["activation"])), inner.args[0]  # type: ignore[return-value]
+            up_layer = Linear(weight, bias)
+            return Mlp(up_layer, linear_of(self.program, down), str(inner.kwargs["activation"])), inner.args[0]
         plain = _activation(inner)
         if plain is None:
             raise TargetError(
@@ -276,7 +276,7 @@ class Reader:
                 f" {inner.target}"
             )
         before = inner.args[0]
-        hidden, source = self._hidden(before.args[0] if plain == "relu_squared" else before)  # type: ignore[union-attr]
+        hidden, source = self._hidden(before.args[0] if plain == "relu_squared" else before)
         return Mlp(hidden, linear_of(self.program, down), plain), linear_input(source)
 
     def _hidden(self, node: Any) -> tuple[Linear, fx.Node]:

@@ -84,7 +84,7 @@ class _Description:
         softcap, scale = None, 1.0
         capped = factor(self.program, node)
         if capped is not None and capped[0].target is aten.tanh.default:
-            inner = factor(self.program, capped[0].args[0])  # type: ignore[arg-type]
+            inner = factor(self.program, capped[0].args[0])
             if inner is None or abs(inner[1] * capped[1] - 1) > 1e-6:
                 raise TargetError(f"{node.name}: a cap on the logits must divide by what it multiplies with")
             softcap, node = capped[1], inner[0]
@@ -185,7 +185,7 @@ class _Description:
         """x + branch(x) where x itself is a norm's result."""
         if not self._is_sum(node):
             return False
-        return any(self.reader.norm(a)[0] is not None for a in node.args[:2])  # type: ignore[arg-type]
+        return any(self.reader.norm(a)[0] is not None for a in node.args[:2])
 
     def _encoder(self, node: fx.Node) -> Transformer:
         layers: list[Layer] = []
@@ -253,7 +253,7 @@ class _Description:
         vocabulary, width = (int(size) for size in embedding.meta[VAL].shape)  # type: ignore[union-attr]
         limits = [dim.maximum for dim in self.program.dims.values() if dim.maximum is not None]
         return Transformer(
-            embedding, width, vocabulary, layers, final_norm, top.head, scale, positions, types,  # type: ignore[arg-type]
+            embedding, width, vocabulary, layers, final_norm, top.head, scale, positions, types,
             norm, top.scale, top.softcap, min(limits) if limits else None, notes,
         )  # fmt: skip
 
@@ -264,7 +264,7 @@ class _Description:
             raise TargetError(
                 f"{_where(node)}: positions that are computed, not looked up, are in no GGUF architecture"
             )
-        ids = self.reader.evaluated(node.args[1], 3)  # type: ignore[arg-type]
+        ids = self.reader.evaluated(node.args[1], 3)
         if ids.flatten().tolist() != [0, 1, 2]:
             raise TargetError(
                 f"{_where(node)}: positions must count from 0, not {ids.flatten().tolist()}: no GGUF architecture"
@@ -275,7 +275,7 @@ class _Description:
         return table
 
     def _is_row_zero(self, node: fx.Node) -> bool:
-        ids = self.reader.evaluated(node.args[1], 3)  # type: ignore[arg-type]
+        ids = self.reader.evaluated(node.args[1], 3)
         return bool((ids == 0).all())
 
 

@@ -85,7 +85,7 @@ def _expert_weight(product: fx.Node) -> tuple[Linear, fx.Node]:
     indices = list(lookup.args[1])  # type: ignore[arg-type]
     if len(indices) != 1 or not isinstance(indices[0], fx.Node):
         raise TargetError(f"{lookup.name}: experts are chosen by more than one index")
-    return Linear(lookup.args[0]), skip_layout(indices[0])  # type: ignore[arg-type]
+    return Linear(lookup.args[0]), skip_layout(indices[0])
 
 
 def _half(program: Program, node: object, chosen: fx.Node) -> tuple[Linear, fx.Node]:

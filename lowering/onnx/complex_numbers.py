@@ -38,7 +38,7 @@ def write_as_pairs(program: Program) -> None:
             values = torch.view_as_real(program.weight(node).detach()).contiguous()
             pairs[node] = program.weight_node(f"{node.target}_pairs", values, before=node)
         else:
-            pairs[node] = _PAIRS[node.target](_Writer(program, node), pairs)  # type: ignore[index]
+            pairs[node] = _PAIRS[node.target](_Writer(program, node), pairs)
     for node in nodes:
         for user in [user for user in node.users if user.target is aten.view_as_real.default]:
             program.replace(user, pairs[node])

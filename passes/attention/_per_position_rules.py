@@ -102,7 +102,7 @@ def _along(argument: str | Callable[[fx.Node], list[int]], verb: str) -> Rule:
 
 
 def _slice(walk: Walk, node: fx.Node) -> Layout:
-    if walk.shape(node) == walk.shape(node.args[0]) and _argument(node, "step", 1) == 1:  # type: ignore[arg-type]
+    if walk.shape(node) == walk.shape(node.args[0]) and _argument(node, "step", 1) == 1:
         return walk.layout(node.args[0])
     return _along("dim", "slices")(walk, node)
 
@@ -200,7 +200,7 @@ def _index_elsewhere(
     found = walk.layouts_of([index for _, index in given])
     if token is not None:
         for dim, _ in given:
-            mixed = walk.mixes(walk.shape(node.args[0])[dim])  # type: ignore[arg-type]
+            mixed = walk.mixes(walk.shape(node.args[0])[dim])
             if mixed is not None:
                 raise Refusal(f"indexes {mixed}")
         if found:
@@ -215,7 +215,7 @@ def _index_elsewhere(
 
 def _gather(walk: Walk, node: fx.Node) -> Token | None:
     """gather and scatter along a dimension that holds no positions; all operands share one layout."""
-    sizes = walk.shape(node.args[0])  # type: ignore[arg-type]
+    sizes = walk.shape(node.args[0])
     mixed = walk.mixes(sizes[int(node.args[1]) % len(sizes)])  # type: ignore[arg-type]
     if mixed is not None:
         raise Refusal(f"gathers or scatters along {mixed}")
@@ -230,7 +230,7 @@ def _index_add(walk: Walk, node: fx.Node) -> Token | None:
     target, dim, index, source = node.args[:4]
     assert isinstance(index, fx.Node)
     assert isinstance(target, fx.Node)
-    dim = int(dim) % len(walk.shape(target))  # type: ignore[call-overload, arg-type]
+    dim = int(dim) % len(walk.shape(target))  # type: ignore[arg-type]
     token = walk.layout(source)
     walk.layout(target)
     repeats = walk.identity(index, walk.shape(target)[dim]) if index not in walk.data else None
@@ -244,13 +244,13 @@ def _repeat_interleave(walk: Walk, node: fx.Node) -> Token | None:
     token = walk.layout(source)
     if token is None or not isinstance(repeats, int) or not isinstance(dim, int):
         raise Refusal("repeats elements by data or in flat order")
-    rank = len(walk.shape(source))  # type: ignore[arg-type]
+    rank = len(walk.shape(source))
     same = dim % rank == token.dim
     return Token(token.dim, token.inner * repeats if same else token.inner)
 
 
 def _getitem(walk: Walk, node: fx.Node) -> Token | None:
-    parts = walk.layouts[node.args[0]]  # type: ignore[index]
+    parts = walk.layouts[node.args[0]]
     assert isinstance(parts, tuple)
     assert isinstance(node.args[1], int)
     return parts[node.args[1]]

@@ -79,7 +79,7 @@ class StepRewrite:
         sequence = self.analysis.sequence
         for index, node in enumerate(self.analysis.attentions):
             for kind, operand in zip("kv", node.args[1:3], strict=True):
-                value = operand.meta[VAL]  # type: ignore[union-attr]
+                value = operand.meta[VAL]
                 sizes = [sequence.batch_size, int(value.shape[1]), self.analysis.tables.length, int(value.shape[3])]
                 self.caches.append(self._placeholder(f"cache_{kind}_{index}", sizes, self.cache_dtype or value.dtype))
                 self.heads.append((sizes[1], sizes[3]))

@@ -107,7 +107,7 @@ def _join(program: Program, nodes: Sequence[fx.Node], before: fx.Node) -> fx.Nod
 
 def _columns(nodes: Sequence[fx.Node]) -> list[tuple[object, list[fx.Node]]]:
     """(first, all) for each argument position of alike nodes."""
-    return [(column[0], list(column)) for column in zip(*(node.args for node in nodes), strict=True)]  # type: ignore[arg-type]
+    return [(column[0], list(column)) for column in zip(*(node.args for node in nodes), strict=True)]
 
 
 def _join_biases(
@@ -145,11 +145,11 @@ def check_merged(before: Program, result: PassResult) -> list[Finding]:
         if old is None or not is_linear(old):
             findings.append(Finding(node.name, "stands for no linear layer of the program before"))
             continue
-        sizes = split.args[1]  # type: ignore[union-attr]
-        start = sum(sizes[:index])  # type: ignore[arg-type, index]
-        merged = split.args[0]  # type: ignore[union-attr]
+        sizes = split.args[1]
+        start = sum(sizes[:index])
+        merged = split.args[0]
         for role in ("weight", "bias"):
-            problem = _compare_rows(before, old, after, merged, role, start, sizes[index])  # type: ignore[index, arg-type]
+            problem = _compare_rows(before, old, after, merged, role, start, sizes[index])
             if problem is not None:
                 findings.append(Finding(node.name, problem))
     return findings

@@ -249,8 +249,7 @@ def _check(
     if str(chosen) not in expected.get(old, ()):
         return f"has format {chosen}, not {' or '.join(expected.get(old, ('none',)))}"
     stored, scale, zero_point, tensor_scale = (
-        after.weight(part) if isinstance(part, fx.Node) else None
-        for part in (*node.args, None)[:4]  # type: ignore[arg-type]
+        after.weight(part) if isinstance(part, fx.Node) else None for part in (*node.args, None)[:4]
     )
     assert stored is not None
     if original.device.type == "meta":

@@ -59,7 +59,7 @@ class OnnxModule(nn.Module):
         for node, attributes in self._nodes:
             if node.op_type == "Constant" and isinstance(attributes.get("value"), Tensor):
                 self._scalar(node.output[0], attributes["value"])
-        self.forward = _with_signature(self, self.input_names)  # type: ignore[method-assign]
+        self.forward = _with_signature(self, self.input_names)
 
     def _store(self, name: str, tensor: Tensor) -> None:
         numbers = to_numbers(tensor)

@@ -65,7 +65,7 @@ class StaticInt8:
             isinstance(p, fx.Node) and p.op == "get_attr" for p in parts
         ):
             return None
-        if definer.dtype(stored) not in _C_TYPES or definer.dtype(scale) != "f32":  # type: ignore[arg-type]
+        if definer.dtype(stored) not in _C_TYPES or definer.dtype(scale) != "f32":
             return None
         return StaticInt8(stored, scale, zero_point)  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
         query, key_write, value_write = node.args[:3]
         parts = {"key": key_write, "value": value_write, "rotary": _rotary(program, query, key_write.args[1])}  # type: ignore[union-attr]
         rope = (query, key_write.args[1]) if parts["rotary"] else ()  # type: ignore[union-attr]
-        yield Match(node, parts, (node, key_write, value_write, *rope))  # type: ignore[arg-type]
+        yield Match(node, parts, (node, key_write, value_write, *rope))
 
 
 def _why_not(program: Program, node: fx.Node) -> str | None:
@@ -105,13 +105,13 @@ def write(setting: Setting, program: Program, match: Match) -> None:
     key_write, value_write = match.parts["key"], match.parts["value"]
     query, key, value = node.args[0], key_write.args[1], value_write.args[1]
     if rotary is not None:
-        query, key = query.args[0], key.args[0]  # type: ignore[union-attr]
+        query, key = query.args[0], key.args[0]
     flat: list[Any] = [_flat(program, setting, x, before=node) for x in (query, key, value)]
     packed = _packed(program, flat)
     if packed is not None:  # one product gave all three, and the operator takes them so
         flat = [packed, None, None]
     attributes: dict[str, Any] = {
-        "num_heads": int(node.args[0].meta[VAL].shape[1]),  # type: ignore[union-attr]
+        "num_heads": int(node.args[0].meta[VAL].shape[1]),
         "kv_num_heads": int(key_write.meta[VAL].shape[1]),
         "scale": float(node.kwargs.get("scale", 1.0)),
     }

@@ -41,7 +41,7 @@ def _find(onnx_op: str, setting: Setting, program: Program) -> Iterator[Match | 
         if reason is not None:
             yield Skip.at(node, f"{onnx_op}: {reason}")
             continue
-        yield Match(node, {"value": value, "weight": stored}, (node, stored))  # type: ignore[arg-type]
+        yield Match(node, {"value": value, "weight": stored}, (node, stored))
 
 
 def _why_not(
@@ -85,7 +85,7 @@ def _write(onnx_op: str, setting: Setting, program: Program, match: Match) -> No
     zeros = (zeros + offset).to(torch.uint8)
     scales = scale.flatten().expand(num_rows).contiguous()
     if onnx_op == "ConvInteger":
-        integers = integers.reshape(tuple(node.args[1].meta[VAL].shape))  # type: ignore[union-attr]
+        integers = integers.reshape(tuple(node.args[1].meta[VAL].shape))
         scales = scales.reshape(-1, *[1] * (integers.dim() - 2))
     else:
         integers = integers.t()

@@ -58,9 +58,9 @@ def write(setting: Setting, program: Program, match: Match) -> None:
     """Edits the program: sum and norm become outputs of one operator, at the place of the sum."""
     node, total = match.root, match.parts["sum"]
     with program.graph.inserting_before(total):
-        weight = program.graph.get_attr(str(node.args[1].target))  # type: ignore[union-attr]
-        weight.meta[VAL] = node.args[1].meta[VAL]  # type: ignore[union-attr]
-    both = call(program, setting, skip_norm, *total.args[:2], weight, float(node.args[2]), before=total)  # type: ignore[arg-type]
+        weight = program.graph.get_attr(str(node.args[1].target))
+        weight.meta[VAL] = node.args[1].meta[VAL]
+    both = call(program, setting, skip_norm, *total.args[:2], weight, float(node.args[2]), before=total)
     for index, old in enumerate((node, total)):
         with program.graph.inserting_before(total):
             new = program.graph.call_function(operator.getitem, (both, index))
