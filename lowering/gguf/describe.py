@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import module_path
@@ -114,7 +115,7 @@ class _Description:
         if node in stream.holds:
             return stream.holds[node]
         if self._is_sum(node):
-            parts = [self._stream(a, stream) for a in node.args[:2]]  # type: ignore[arg-type]
+            parts = [self._stream(input_node(node, place), stream) for place in range(2)]
             if parts[0] & parts[1]:
                 raise TargetError(f"{node.name} adds a value to the residual stream twice")
             stream.holds[node] = parts[0] | parts[1]

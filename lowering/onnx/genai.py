@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.artifact import INTERFACE, METADATA
 
@@ -213,7 +214,7 @@ def _attentions(program: Program) -> list[fx.Node]:
 
 
 def _heads(program: Program) -> int:
-    return max((int(node.args[0].meta[VAL].shape[1]) for node in _attentions(program)), default=1)  # type: ignore[union-attr]
+    return max((int(input_node(node).meta[VAL].shape[1]) for node in _attentions(program)), default=1)
 
 
 def _width(program: Program) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.errors import TargetError
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.fusing import is_reshape
@@ -77,7 +78,7 @@ def keep_opaque(program: Program) -> int:
         if not isinstance(chosen, formats.QuantFormat):
             continue
         stored, scale, zero_point = node.args[:3]
-        dtype = node.kwargs.get("dtype") or program.weight(scale).dtype  # type: ignore[arg-type]
+        dtype = node.kwargs.get("dtype") or program.weight(input_node(node, 1)).dtype
         index = [known for known, _ in _FLOATS].index(dtype)  # type: ignore[arg-type]
         shape = list(node.meta[VAL].shape)
         arguments = (stored, scale, zero_point, node.kwargs["format"], index)

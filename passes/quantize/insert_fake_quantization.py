@@ -84,7 +84,7 @@ class InsertFakeQuantization(Pass):
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         rtol, max_kl = _LIMITS[min(self.bits, self.activation_bits or 8)]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 

@@ -107,7 +107,7 @@ class QuantizeWeights(Pass):
         return problems
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
         return lossy_promise(self._format, *(rule.format for rule in parse_rules(self.rules)))
 

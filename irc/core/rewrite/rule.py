@@ -56,7 +56,7 @@ class RewriteRule(Pass):
     replacement: Callable[..., Any]
     check: Check | None = None
     extra_users: bool = False
-    preserves: Preserves = field(default=EXACT)  # type: ignore[misc]
+    preserves: Preserves = field(default=EXACT)
 
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:

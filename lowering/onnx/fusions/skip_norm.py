@@ -36,17 +36,17 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
 
 def _why_not(program: Program, node: fx.Node, total: fx.Node) -> str | None:
     weight = node.args[1]
-    parts = total.args[:2]
+    parts = [part for part in total.args[:2] if isinstance(part, fx.Node)]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is no stored tensor"
-    if not all(isinstance(part, fx.Node) and isinstance(part.meta[VAL], Tensor) for part in parts):
+    if len(parts) < 2 or not all(isinstance(part.meta[VAL], Tensor) for part in parts):
         return "adds a constant"
     if total.kwargs.get("alpha", 1) != 1:
         return "adds a multiple"
-    values = [n.meta[VAL] for n in (*parts, weight)]  # type: ignore[union-attr]
+    values = [n.meta[VAL] for n in (*parts, weight)]
     if {value.dtype for value in values} != {torch.float32}:
         return "is used for f32 only"
-    shapes = {program.shape_expr(part) for part in parts}  # type: ignore[arg-type]
+    shapes = {program.shape_expr(part) for part in parts}
     if len(shapes) != 1 or values[0].dim() not in (2, 3):
         return "takes two tensors of one shape, in two or three dimensions"
     if not installed.has_kernel(_OP, installed.CONTRIB, 1):
