@@ -233,7 +233,8 @@ class _Description:
     def _transformer(
         self, lookups: list[fx.Node], layers: list[Layer], final_norm: Norm | None, top: _Head, norm: Norm | None
     ) -> Transformer:
-        embedding, scale, positions, types = None, 1.0, None, None
+        embedding: fx.Node | None = None
+        scale, positions, types = 1.0, None, None
         notes: list[str] = []
         for term in lookups:
             node, found = term, 1.0
@@ -242,7 +243,7 @@ class _Description:
             if node.target is not aten.embedding.default or not is_stored(node.args[0]):
                 positions = self._positions(node, positions)
             elif node.args[1] is self.program.placeholders[0]:
-                embedding, scale = node.args[0], found
+                embedding, scale = input_node(node), found
             elif node.args[1] in self.dependent:
                 raise TargetError(f"{_where(node)} looks up something other than the token ids")
             elif self._is_row_zero(node):
@@ -251,7 +252,7 @@ class _Description:
                 positions = self._positions(node, positions)
         if embedding is None:
             raise TargetError(f"program {self.program.name} does not start with an embedding of its input")
-        vocabulary, width = (int(size) for size in embedding.meta[VAL].shape)  # type: ignore[union-attr]
+        vocabulary, width = (int(size) for size in embedding.meta[VAL].shape)
         limits = [dim.maximum for dim in self.program.dims.values() if dim.maximum is not None]
         return Transformer(
             embedding, width, vocabulary, layers, final_norm, top.head, scale, positions, types,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Finding, PassResult
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import origin_of
@@ -175,4 +176,8 @@ def _stored_parts(new: fx.Node, old: fx.Node | None) -> list[tuple[fx.Node, fx.N
     if new.op == "get_attr":
         return [(new, old)]
     assert old is not None
-    return [(n, o) for n, o in zip(new.args, old.args, strict=True) if n is not None]  # type: ignore[misc]
+    return [
+        (input_node(new, place), None if old.args[place] is None else input_node(old, place))
+        for place, part in enumerate(new.args)
+        if part is not None
+    ]

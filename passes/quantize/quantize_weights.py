@@ -19,7 +19,15 @@ from torch import Tensor
 from irc.core import formats
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.errors import OptionError, ParseError
-from irc.core.formats import Float4Format, Float8Format, Format, Parts, QuantFormat
+from irc.core.formats import (
+    Float4Format,
+    Float8Format,
+    Format,
+    MxFloat4Format,
+    NvFloat4Format,
+    Parts,
+    QuantFormat,
+)
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
@@ -198,9 +206,10 @@ class QuantizeWeights(Pass):
 
 def _in_rows(chosen: Format) -> Format | None:
     """The same numbers with one scale a row, if there is such a format."""
-    if type(chosen) in (QuantFormat, Float8Format, Float4Format) and not chosen.per_tensor:
-        return replace(chosen, group_size=None)  # type: ignore[type-var]
-    return None
+    blocks = isinstance(chosen, (MxFloat4Format, NvFloat4Format))
+    if blocks or not isinstance(chosen, (QuantFormat, Float8Format, Float4Format)) or chosen.per_tensor:
+        return None
+    return replace(chosen, group_size=None)
 
 
 def _why_unfit(weight: Tensor) -> str | None:

@@ -64,7 +64,7 @@ def exact(text: str, parts: Parts) -> np.ndarray:
     """The numbers held, in f64."""
     chosen = formats.parse(text)
     assert parts.scale is not None
-    values = parts.stored.double() if text.startswith("f8") else chosen.unpack(parts.stored).double()  # type: ignore[attr-defined]
+    values = parts.stored.double() if text.startswith("f8") else chosen.unpack(parts.stored).double()
     values = values.unflatten(-1, (parts.scale.shape[-1], -1))
     if parts.zero_point is not None:
         values = values - parts.zero_point.double().unsqueeze(-1)

@@ -157,4 +157,4 @@ def test_damaged_folders(blank: Program, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="has no quantization_config with a quant_method"):
         load_quantized({}, blank)
     with pytest.raises(StorageError, match="1 entries that are no tensors"):
-        load_quantized({"a": 3}, blank, config={"quant_method": "awq"})  # type: ignore[dict-item]
+        load_quantized({"a": 3}, blank, config={"quant_method": "awq"})

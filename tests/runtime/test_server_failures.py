@@ -95,7 +95,7 @@ async def tokens_of(engine: AsyncEngine, request: Request) -> tuple[list[int], F
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_killed_worker_loses_no_request() -> None:
     model = Unlucky(compiled().paged_model(), {5: SystemExit("killed")})
-    engine = AsyncEngine(Engine(model, EngineOptions()))  # type: ignore[arg-type]
+    engine = AsyncEngine(Engine(model, EngineOptions()))
     requests = [Request(prompt=[1, 2, n], max_new_tokens=12) for n in range(4)]
 
     async def run() -> list[tuple[list[int], FinishReason | None]]:
@@ -122,7 +122,7 @@ def test_a_broken_scheduler_is_started_again() -> None:
             raise RuntimeError("a bug")
         return plan()
 
-    engine.engine.scheduler.plan = broken  # type: ignore[method-assign]
+    engine.engine.scheduler.plan = broken
 
     async def run() -> Any:
         engine.start()

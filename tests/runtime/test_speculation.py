@@ -181,7 +181,7 @@ def test_vocabularies_must_agree() -> None:
         vocabulary_size = 65
 
     with pytest.raises(OptionError, match="the draft model has 65 tokens, the model 64"):
-        DraftModelProposer(Other(), model())  # type: ignore[arg-type]
+        DraftModelProposer(Other(), model())
 
 
 # ---------------------------------------------------------------- look-up

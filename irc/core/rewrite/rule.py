@@ -51,7 +51,7 @@ class RewriteRule(Pass):
         preserves: what the rewrite promises about the numbers.
     """
 
-    name: str  # type: ignore[misc]
+    name: str  # type: ignore[misc]  # other passes have one a class, a rule its own
     pattern: Callable[..., Any] | Sequence[Callable[..., Any]]
     replacement: Callable[..., Any]
     check: Check | None = None
