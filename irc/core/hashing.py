@@ -214,7 +214,7 @@ def _size_key(program: Program, size: Any) -> str:
     if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         from irc.core.text.expressions import expr_text  # the text form itself imports this module
 
-        return expr_text(program.expr(size))  # type: ignore[arg-type]
+        return expr_text(program.expr(size))
     return repr(size)
 
 

@@ -21,6 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from irc.core import dims, provenance
 from irc.core.carrier import build_graph_module
 from irc.core.errors import CaptureError
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.frontend import inplace, provenance_reader
 from irc.frontend.naming import DimNamer
@@ -255,7 +256,7 @@ def _with_data(argument: Any) -> Any:
 
 def _rebind(mapping: dict[fx.Node, Any], call: fx.Node) -> None:
     """After an in-place call, every name of the written tensor means the result."""
-    old, new = mapping[call.args[0]], mapping[call]  # type: ignore[index]
+    old, new = mapping[input_node(call)], mapping[call]
     for node, value in mapping.items():
         if value is old:
             mapping[node] = new

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from irc.core.dims import Size
 from irc.core.errors import IrcError
+from irc.core.operands import apply_op
 from irc.core.ops.attention import repeat_heads
 from irc.core.program import VAL, Program
 from irc.core.row_evaluation import RowEvaluator
@@ -290,4 +291,4 @@ def _move(node: fx.Node, value: Tensor, evaluator: RowEvaluator) -> Tensor:
     if node.target is aten.view.default:
         # Strides of the numbers need not be those of the real tensor.
         return value.reshape(rest[0])
-    return node.target(value, *rest, **kwargs)  # type: ignore[operator]
+    return apply_op(node, value, *rest, **kwargs)

@@ -36,8 +36,8 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     padding, dilation = (pairs(call.raw(name), 2) for name in ("padding", "dilation"))
     channels = int(x.shape[1])
     problem = ConvProblem(
-        channels=channels, out_channels=channels, groups=channels, kernel=tuple(kernel), stride=tuple(stride),  # type: ignore[arg-type]
-        padding=tuple(padding), dilation=tuple(dilation), activation=x.dtype,  # type: ignore[arg-type]
+        channels=channels, out_channels=channels, groups=channels, kernel=tuple(kernel), stride=tuple(stride),
+        padding=tuple(padding), dilation=tuple(dilation), activation=x.dtype,
     )  # fmt: skip
     if template.refuses(problem, "plain") is not None:
         return None
