@@ -55,8 +55,8 @@ def make_model(name: str, quick: bool) -> nn.Module:
         model = ResNetForImageClassification(ResNetConfig())
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr, operator]
-            part.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+            part.running_mean.uniform_(-0.1, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
     return model.eval()
 
 
@@ -186,7 +186,7 @@ def quantized_onnx(path: Path, x: Tensor) -> Path:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             import onnx
 

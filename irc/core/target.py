@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch.fx as fx
 from torch import Tensor
@@ -264,8 +264,9 @@ def read_options(cls: type[_OptionsT], given: Options | _OptionsT | None, *, wha
     """
     if isinstance(given, cls):
         return given
-    values = dict(given or {})  # type: ignore[arg-type, call-overload]
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    assert dataclasses.is_dataclass(cls)
+    values = dict(cast("Options", given or {}))  # else it were a `cls`
+    known = [f.name for f in dataclasses.fields(cls)]
     unknown = [name for name in values if name not in known]
     if unknown:
         problems = "; ".join(f"no option {name!r}{nearest(name, known)}" for name in unknown)

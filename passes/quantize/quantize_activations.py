@@ -31,6 +31,7 @@ from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves,
 from irc.core.errors import OptionError
 from irc.core.evaluate import evaluate
 from irc.core.formats import QuantFormat
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.passes.fuse._layers import arguments
@@ -101,7 +102,7 @@ class QuantizeActivations(Pass):
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         clips = self.mode != "dynamic" and self.observer in ("percentile", "entropy")
         rtol, max_kl = _LIMITS[max(2, self.bits - 2) if clips else self.bits]
         if self.mode == "static":
@@ -243,7 +244,7 @@ def _lost(program: Program, known: set[str], bits: int) -> Iterator[Finding]:
         if node in sources:
             given[node] = value
         elif node.name not in known and is_irc_op(node.target, "dequantize"):
-            before = given[node.args[0].args[0]].float()  # type: ignore[union-attr, index]
+            before = given[input_node(input_node(node))].float()
             lost[node] = float((value.float() - before).norm() / before.norm().clamp_min(1e-30))
 
     with torch.no_grad():

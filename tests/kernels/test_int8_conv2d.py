@@ -15,7 +15,7 @@ from tests.kernels.building import aligned, build, needs_compiler, pointer, runn
 
 def _problem(channels: int, out_channels: int, kernel: tuple[int, int], **options: object) -> ConvProblem:
     known = {"activation": "u8", "weight": "i8"} | options
-    return ConvProblem(channels=channels, out_channels=out_channels, kernel=kernel, **known)  # type: ignore[arg-type]
+    return ConvProblem(channels=channels, out_channels=out_channels, kernel=kernel, **known)
 
 
 # (problem, height, width, zero point): odd depths, groups at the edge, more places than a block, a linear layer.
@@ -186,7 +186,7 @@ def test_results_in_integers(ending_kernels: ctypes.CDLL, index: int) -> None:
 def test_refuses() -> None:
     def reason(**options: object) -> str:
         sizes = {"channels": 4, "out_channels": 4, "kernel": (1, 1)} | options
-        return template.refuses(_problem(**sizes), "avx2") or ""  # type: ignore[arg-type]
+        return template.refuses(_problem(**sizes), "avx2") or ""
 
     assert "products of f32 with i8" in reason(activation="f32")
     assert "do not divide" in reason(groups=3)

@@ -15,7 +15,7 @@ from tests.kernels.building import build, needs_compiler, pointer, runnable_isas
 
 
 def _problem(channels: int, **options: object) -> ConvProblem:
-    return ConvProblem(channels=channels, out_channels=channels, groups=channels, **options)  # type: ignore[arg-type]
+    return ConvProblem(channels=channels, out_channels=channels, groups=channels, **options)
 
 
 CASES = (

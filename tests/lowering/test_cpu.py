@@ -205,7 +205,7 @@ def test_quantized_steps(weights: str) -> None:
     program = steps.step(f"quantize-weights{{{weights}}},{dynamic}insert-kv-cache{{max-length=32}}")
     artifact = CPU.lower(program, QUICK)
     kind = "float_linear" if "f8" in weights else "quantized_matmul"
-    assert artifact.source.count(f"irc::{kind}<") > 0  # type: ignore[attr-defined]
+    assert artifact.source.count(f"irc::{kind}<") > 0
     check = artifact.verify(program)
     assert check.passed, str(check)
 

@@ -120,4 +120,4 @@ def test_times_of_kernels() -> None:
     assert all(milliseconds >= 0 for _, milliseconds in times)
     assert any("irc.quantize" in name for name, _ in times)
     with pytest.raises(irc.core.errors.OptionError, match="'profile': True"):
-        CPU.lower(program, QUICK).kernel_times(x)  # type: ignore[attr-defined]
+        CPU.lower(program, QUICK).kernel_times(x)

@@ -22,7 +22,7 @@ def test_unknown_target_names_the_nearest() -> None:
 
 
 def test_two_targets_of_one_name_are_refused() -> None:
-    class Other(type(get_target("reference"))):  # type: ignore[misc]
+    class Other(type(get_target("reference"))):
         name = "reference"
 
     with pytest.raises(ValueError, match="two targets"):

@@ -56,12 +56,12 @@ def mixed() -> Program:
     return irc.PassManager([INT8]).run(program).program
 
 
-def run(one: QuantizeActivations, program: Program, data: object = None):  # type: ignore[no-untyped-def]
+def run(one: QuantizeActivations, program: Program, data: object = None):
     options = {} if data is None else {"calibration": data}
     return irc.PassManager([one], ctx=PassContext(options=options)).run(program)
 
 
-def row_of(result):  # type: ignore[no-untyped-def]
+def row_of(result):
     return result.report.rows[-1]
 
 
@@ -172,7 +172,7 @@ def test_auto_makes_dynamic_what_one_scale_would_lose() -> None:
     exact, errors = program.run(images())[0], {}
     for mode in ("auto", "static"):
         context = PassContext(options={"calibration": images(64)})
-        one = QuantizeActivations(mode=mode)  # type: ignore[arg-type]
+        one = QuantizeActivations(mode=mode)
         result = irc.PassManager([one], ctx=context, verify="off").run(program)
         errors[mode] = float((result.program.run(images())[0] - exact).square().mean())
         if mode == "auto":
@@ -188,7 +188,7 @@ def test_auto_makes_dynamic_what_one_scale_would_lose() -> None:
 @pytest.mark.parametrize("mode", ["static", "dynamic", "auto"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (5, 4)])
 def test_numbers_at_other_sizes(mixed: Program, mode: str, shape: tuple[int, int]) -> None:
-    program = run(QuantizeActivations(mode=mode), mixed, images(64)).program  # type: ignore[arg-type]
+    program = run(QuantizeActivations(mode=mode), mixed, images(64)).program
     x = images(*shape, seed=3)
     before, after = mixed.run(x)[0], program.run(x)[0]
     assert float((before - after).abs().max()) <= 0.05 * float(before.abs().max())
@@ -226,7 +226,7 @@ def test_attention_operands(mixed: Program) -> None:
 def test_a_cache_can_be_inserted_afterwards(mode: str) -> None:
     program = zoo.captured("llama")
     data = irc.CalibrationData((program.example_inputs,))
-    passes = [INT8, QuantizeActivations(mode=mode), InsertKVCache(max_length=32)]  # type: ignore[arg-type]
+    passes = [INT8, QuantizeActivations(mode=mode), InsertKVCache(max_length=32)]
     result = irc.PassManager(passes, ctx=PassContext(options={"calibration": data})).run(program)
     assert result.report.rows[-1].relative_error < 1e-4
 
@@ -275,7 +275,7 @@ def test_progress_counts_the_layers(mixed: Program) -> None:
 
 def test_options() -> None:
     with pytest.raises(OptionError) as caught:
-        QuantizeActivations(mode="sometimes", bits=9, observer="max", percentile=3)  # type: ignore[arg-type]
+        QuantizeActivations(mode="sometimes", bits=9, observer="max", percentile=3)
     for part in ("not 'sometimes'", "bits must be 2 to 8, not 9", "not 'max'", "at most 100, not 3"):
         assert part in str(caught.value)
     with pytest.raises(OptionError, match="dynamic scales are symmetric"):
@@ -286,8 +286,8 @@ def test_options() -> None:
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_onnx_gives_the_same_numbers(mixed: Program, mode: str) -> None:
-    program = run(QuantizeActivations(mode=mode), mixed, images(16)).program  # type: ignore[arg-type]
+    program = run(QuantizeActivations(mode=mode), mixed, images(16)).program
     artifact = get_target("onnx").lower(program)
     assert artifact.verify(program).passed
-    kinds = {n.op_type for n in onnx.load(artifact.path).graph.node}  # type: ignore[attr-defined]
+    kinds = {n.op_type for n in onnx.load(artifact.path).graph.node}
     assert "DequantizeLinear" in kinds

@@ -53,7 +53,7 @@ class Convolution:
         stride, padding, dilation = (tuple(pairs(call.raw(n), 2)) for n in ("stride", "padding", "dilation"))
         return ConvProblem(
             channels=int(definer.shape(self.x)[1]), out_channels=int(shape[0]), kernel=(int(shape[2]), int(shape[3])),
-            stride=stride, padding=padding, dilation=dilation, groups=int(call.raw("groups")),  # type: ignore[arg-type]
+            stride=stride, padding=padding, dilation=dilation, groups=int(call.raw("groups")),
             activation=activation, weight=weight,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.fx as fx
 
@@ -36,10 +37,10 @@ class StaticInt8:
         """What a dequantize reads, if it is such a tensor and comes back as f32."""
         if not is_irc_op(node.target, "dequantize") or definer.dtype(node) != "f32":
             return None
-        given = dict(zip(("stored", "scale", "zero_point", "tensor_scale"), node.args, strict=False)) | dict(
-            node.kwargs
-        )
-        stored, scale, zero_point = (given.get(name) for name in ("stored", "scale", "zero_point"))
+        names = ("stored", "scale", "zero_point", "tensor_scale")
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        stored, scale = given["stored"], given["scale"]
+        zero_point = given.get("zero_point")
         chosen = formats.parse(str(node.kwargs["format"]))
         if not isinstance(chosen, QuantFormat) or not chosen.per_tensor or chosen.packs_two:
             return None
@@ -48,9 +49,9 @@ class StaticInt8:
             isinstance(p, fx.Node) and p.op == "get_attr" for p in parts
         ):
             return None
-        if definer.dtype(stored) not in BYTES or definer.dtype(scale) != "f32":  # type: ignore[arg-type]
+        if definer.dtype(stored) not in BYTES or definer.dtype(scale) != "f32":
             return None
-        return StaticInt8(stored, scale, zero_point)  # type: ignore[arg-type]
+        return StaticInt8(stored, scale, zero_point)
 
 
 @dataclass(frozen=True)

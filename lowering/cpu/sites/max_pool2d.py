@@ -46,8 +46,8 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         integers = None
     read, channels = x.node if integers is None else integers.stored, int(x.shape[1])
     problem = ConvProblem(
-        channels=channels, out_channels=channels, groups=channels, kernel=tuple(kernel), stride=tuple(stride),  # type: ignore[arg-type]
-        padding=tuple(padding), dilation=tuple(dilation), activation=definer.dtype(read),  # type: ignore[arg-type]
+        channels=channels, out_channels=channels, groups=channels, kernel=tuple(kernel), stride=tuple(stride),
+        padding=tuple(padding), dilation=tuple(dilation), activation=definer.dtype(read),
     )  # fmt: skip
     if template.refuses(problem, "plain") is not None:
         return None
