@@ -88,7 +88,7 @@ def build(shape: str, kind: str, threads: int) -> Built:
     print(f"{shape} {kind}: compiled in {spent:.1f} s; " + "; ".join(artifact.notes), flush=True)
     table = sizes.vocabulary * sizes.width * (2 if kind == "bf16" else 4)
     position = 2 * sizes.layers * sizes.kv_heads * (sizes.width // sizes.heads) * 2
-    return Built(artifact, spent, artifact.weight_bytes - table, position, compiled.report)  # type: ignore[attr-defined]
+    return Built(artifact, spent, artifact.weight_bytes - table, position, compiled.report)
 
 
 class Session:

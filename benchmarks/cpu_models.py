@@ -33,7 +33,7 @@ from irc.lowering.cpp.templates.base import detect_isa
 # Weights of 7 bits where bytes can only be summed in 16 bits, as NNCF does for such processors.
 INT8 = (
     f"quantize-weights{{bits={8 if detect_isa() == 'avx512' else 7},group-size=none,include-convolutions=true}},"
-    "quantize-activations{include-attention=false}"
+    "quantize-activations{include-attention=false,include-residuals=true}"
 )
 Run = Callable[[int], list[float]]
 """Seconds of each of so many runs."""
@@ -55,8 +55,8 @@ def make_model(name: str, quick: bool) -> nn.Module:
         model = ResNetForImageClassification(ResNetConfig())
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr, operator]
-            part.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr, operator]
+            part.running_mean.uniform_(-0.1, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
     return model.eval()
 
 
@@ -186,7 +186,7 @@ def quantized_onnx(path: Path, x: Tensor) -> Path:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             import onnx
 

@@ -125,7 +125,7 @@ def model(shape: str, kind: str) -> Path:
     return path
 
 
-def _write_header(writer, sizes: Shape) -> None:  # type: ignore[no-untyped-def]
+def _write_header(writer, sizes: Shape) -> None:
     writer.add_block_count(sizes.layers)
     writer.add_context_length(2048)
     writer.add_embedding_length(sizes.width)

@@ -38,7 +38,7 @@ def main() -> None:
     def measured(metric: str, windows: int, formats: list[str]) -> Sensitivity:
         data = held_out_text(loaded.tokenizer, length=512, count=2 if args.quick else windows, split="train").inputs[0]
         batches = irc.CalibrationData.of(data, batch_size=2, description=f"{windows} training windows")
-        return irc.sensitivity(program, batches, metric=metric, formats=formats, progress=False)  # type: ignore[arg-type]
+        return irc.sensitivity(program, batches, metric=metric, formats=formats, progress=False)
 
     groups = [f"int{bits}.g32" for bits in ALL_BITS]
     second = measured("second-order", 16, ROWS_AND_GROUPS)

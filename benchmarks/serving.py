@@ -143,7 +143,7 @@ def overhead(model: PagedModel, *, rounds: int, batch: int = 32, new_tokens: int
     """Time of the engine's thread on a processor per decoding step (what other processes take is not in it)."""
     found = []
     for _ in range(rounds):
-        engine = Engine(Instant(model), EngineOptions(max_sequences=batch))  # type: ignore[arg-type]
+        engine = Engine(Instant(model), EngineOptions(max_sequences=batch))
         for prompt in prompts_of(batch, model.vocabulary_size, 16, spread=8):
             engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
         engine.step()

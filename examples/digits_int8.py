@@ -115,14 +115,14 @@ def one_seed(seed: int, *, epochs: int, qat_epochs: int) -> dict[str, float]:
 
     def run(*passes: irc.passes.Pass, verify: str = "each") -> irc.Program:
         context = irc.PassContext(options={"calibration": data})
-        return irc.PassManager(list(passes), ctx=context, verify=verify).run(program).program  # type: ignore[arg-type]
+        return irc.PassManager(list(passes), ctx=context, verify=verify).run(program).program
 
     def weights(bits: int, *, indivisible: str = "error") -> QuantizeWeights:
         return QuantizeWeights(
             bits=bits,
             group_size=None,
             include_convolutions=True,
-            indivisible=indivisible,  # type: ignore[arg-type]
+            indivisible=indivisible,
         )
 
     fold = FoldConvBatchNorm()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.paged import PagedModel, StepInputs
 from irc.core.program import VAL, Program
 from irc.core.target import Artifact
@@ -189,5 +190,5 @@ def vocabulary_size(program: Program) -> int:
                               for u in user.users)]  # fmt: skip
     for user in users:
         if user.target is torch.ops.aten.embedding.default:
-            return int(user.args[0].meta[VAL].shape[0])  # type: ignore[union-attr]
+            return int(input_node(user).meta[VAL].shape[0])
     return int(program.outputs[0].meta[VAL].shape[-1])

@@ -152,7 +152,7 @@ def adjusted_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         at, tokens, values = zip(*places, strict=True)
         adjusted.index_put_((torch.tensor(at), torch.tensor(tokens)), torch.tensor(values), accumulate=True)
     if masked:
-        allowed = torch.stack([rows[i].allowed for i in masked])  # type: ignore[misc]
+        allowed = torch.stack([rows[i].allowed for i in masked])  # type: ignore[misc]  # `masked` are those that have one
         adjusted[masked] = adjusted[masked].masked_fill(~allowed, -math.inf)
     return adjusted
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from irc.compiler import Compiled, compile
-from irc.core.errors import NumericError, OptionError, StorageError
+from irc.core.errors import IrcError, NumericError, OptionError, StorageError
 from irc.core.program import Program
 from irc.core.target import Artifact
 from irc.lowering.reference import ReferenceTarget
@@ -53,14 +53,27 @@ def test_too_long_for_the_cache() -> None:
         short(steps.tokens(1, 9))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (steps.tokens()[0], r"input_ids is i64\[\d+\], not i64\[B, S\]"),
+        (steps.tokens().float(), r"is f32\[\d+, \d+\], not"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_named(given: torch.Tensor, said: str) -> None:
+    with pytest.raises(IrcError, match=said) as caught:
+        compiled()(given)
+    assert caught.value.__cause__ is not None
+
+
 def test_a_wrong_artifact_is_an_error() -> None:
     class Wrong(ReferenceTarget):
         name = "wrong"
 
-        def lower(self, program: Program, options=None) -> Artifact:  # type: ignore[no-untyped-def, override]
+        def lower(self, program: Program, options=None) -> Artifact:
             artifact = super().lower(program, options)
             run = artifact.run
-            artifact.run = lambda *inputs: [out * 1.01 for out in run(*inputs)]  # type: ignore[method-assign]
+            artifact.run = lambda *inputs: [out * 1.01 for out in run(*inputs)]
             return artifact
 
     with pytest.raises(NumericError, match="the reference artifact does not compute what its program does"):
@@ -75,13 +88,13 @@ def test_wrong_names_come_before_the_work() -> None:
         compile(None, "insert-kv-cash")
 
 
-def test_saved_and_loaded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_saved_and_loaded(tmp_path) -> None:
     compiled().save(tmp_path / "saved")
     loaded = Compiled.load(tmp_path / "saved")
     found = loaded.generate(steps.PROMPTS, max_new_tokens=5).token_ids
     assert found == compiled().generate(steps.PROMPTS, max_new_tokens=5).token_ids
 
 
-def test_loading_what_is_not_there(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_loading_what_is_not_there(tmp_path) -> None:
     with pytest.raises(StorageError, match="is no compiled model"):
         Compiled.load(tmp_path)

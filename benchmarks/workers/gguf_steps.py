@@ -39,7 +39,7 @@ def export(folder: str, out: str) -> None:
 def convert(source: str, folder: str, out: str) -> None:
     sys.path.insert(0, source)
     import convert_hf_to_gguf
-    from conversion.llama import LlamaModel  # type: ignore[import-not-found]
+    from conversion.llama import LlamaModel
 
     # The random model has no tokenizer; the quantizer does not look at one.
     LlamaModel.set_vocab = LlamaModel._set_vocab_none
@@ -48,7 +48,7 @@ def convert(source: str, folder: str, out: str) -> None:
 
 
 def quantize(path: str, out: str, threads: str) -> None:
-    import llama_cpp  # type: ignore[import-not-found]
+    import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, int(threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +159,7 @@ def _sized_inputs(program: Program, example: Sequence[Any]) -> Iterator[Maker]:
             sizes = {first: batch} | {name: lengths[name][index] for name in rest}
             sizes = {name: _bounded(program, name, size) for name, size in sizes.items()}
             text = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            yield text, lambda sizes=sizes: inputs_at(program, example, sizes)  # type: ignore[misc]
+            yield text, functools.partial(inputs_at, program, example, sizes)
 
 
 def _bounded(program: Program, name: str, size: int) -> int:
@@ -189,7 +190,7 @@ def _step_inputs(program: Program, example: Sequence[Any]) -> Iterator[Maker]:
         for length in sorted({1, min(_SMALL_LENGTH, longest), longest}):
             yield (
                 f"B={batch}, {length} token{'s' if length > 1 else ''} after {length}",
-                lambda batch=batch, length=length: make(batch, length),  # type: ignore[misc]
+                functools.partial(make, batch, length),
             )
 
 

@@ -21,6 +21,12 @@ class Carrier(fx.GraphModule):
         super().__init__(root, graph, class_name)
         self.__dict__["_unwritten"] = False
 
+    def take(self, graph: fx.Graph) -> None:
+        """Carry this graph; `forward` is written at the first call."""
+        self.__dict__["_unwritten"] = True
+        self.graph = graph
+        self.__dict__["_unwritten"] = False
+
     def recompile(self) -> Any:
         """Write and compile `forward`; while the module is being made, only prepare to."""
         if not self.__dict__.get("_unwritten", False):
@@ -44,7 +50,32 @@ def _first_call(module: Carrier, *args: Any, **kwargs: Any) -> Any:
 def build_graph_module(graph: fx.Graph, weights: Mapping[str, Tensor], name: str) -> fx.GraphModule:
     """A graph module over a graph whose `get_attr` targets are the given weights."""
     safe = "".join(c if c.isalnum() else "_" for c in name) or "Program"
-    return Carrier(dict(weights), graph, class_name=safe)
+    made = Carrier({}, fx.Graph(), class_name=safe)
+    for target in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
+        *path, leaf = target.split(".")
+        holder: nn.Module = made
+        for step in path:
+            inner = holder._modules.get(step)
+            if inner is None:
+                inner = holder._modules[step] = _empty_module()
+            holder = inner
+        tensor = weights[target]
+        if isinstance(tensor, nn.Parameter):
+            holder._parameters[leaf] = tensor
+        else:
+            holder._buffers[leaf] = tensor
+    made.take(graph)
+    return made
+
+
+_EMPTY = nn.Module()
+
+
+def _empty_module() -> nn.Module:
+    """As `nn.Module()`, which takes long: every copy of a program needs one for each module of the model."""
+    made = nn.Module.__new__(nn.Module)
+    made.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in _EMPTY.__dict__.items()})
+    return made
 
 
 def attach(module: nn.Module, target: str, tensor: Tensor) -> None:
@@ -63,9 +94,13 @@ def attach(module: nn.Module, target: str, tensor: Tensor) -> None:
 def look_up(module: nn.Module, target: str) -> Any:
     """What a dotted name means; AttributeError if nothing."""
     found: Any = module
-    for step in target.split("."):
-        found = getattr(found, step)
-    return found
+    *path, leaf = target.split(".")
+    for step in path:
+        found = found._modules.get(step) or getattr(found, step)  # the table: `getattr` of a module looks in three
+    for table in (found._parameters, found._buffers) if isinstance(found, nn.Module) else ():
+        if table.get(leaf) is not None:
+            return table[leaf]
+    return getattr(found, leaf)
 
 
 def has_attr(module: nn.Module, target: str) -> bool:

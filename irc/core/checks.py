@@ -133,19 +133,24 @@ def _check_dims(program: Program) -> None:
     """
     seen: dict[Any, str] = {}
     for dim in program.dims.values():
-        new = [node_text(n) for n in program.operations() if provenance.origin_of(n) != n.name]
-        listed = "".join(f"\n    {text}" for text in new[:_MAX_LISTED])
         symbol = dim.size.node.expr
         if not symbol.is_Symbol:
             raise VerificationError(
                 f"  dimension {dim.name} was dynamic and is fixed at {symbol}: an operation needs just that"
-                f" size. New operations:{listed}"
+                f" size. New operations:{_new_operations(program)}"
             )
         if symbol in seen:
             raise VerificationError(
-                f"  dimensions {seen[symbol]} and {dim.name} may differ and were made equal. New operations:{listed}"
+                f"  dimensions {seen[symbol]} and {dim.name} may differ and were made equal."
+                f" New operations:{_new_operations(program)}"
             )
         seen[symbol] = dim.name
+
+
+def _new_operations(program: Program) -> str:
+    """The first operations that the stage before did not have, a line each."""
+    new = [node_text(n) for n in program.operations() if provenance.origin_of(n) != n.name]
+    return "".join(f"\n    {text}" for text in new[:_MAX_LISTED])
 
 
 def check_ensures(one: Pass, before: Program, result: PassResult) -> None:

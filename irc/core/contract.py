@@ -157,8 +157,12 @@ class Pass:
     """
 
     name: ClassVar[str] = ""
-    preserves: ClassVar[Preserves] = EXACT
     expect_matches: int | None = None
+
+    @property
+    def preserves(self) -> Preserves:
+        """Exact, unless the pass says otherwise: as a class variable, or here where its options decide."""
+        return EXACT
 
     def requires(self, program: Program) -> list[str]:
         """Problems that keep the pass from running, all at once; empty when it may run."""

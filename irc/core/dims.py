@@ -6,6 +6,7 @@ with it; the program gives it a name (`B`, `S`, …) for people and for the text
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import sympy
@@ -47,7 +48,11 @@ class Dim:
 
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have types and symbolic sizes but no data."""
-    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    # PyTorch's own memory of types makes each result again to see whether it may be kept, which takes as long as
+    # computing it where sizes are symbolic. `TypeMemo` remembers more.
+    mode.cache_enabled = False
+    return mode
 
 
 def new_dim(fake_mode: FakeTensorMode, name: str, hint: int, *, minimum: int = 1, maximum: int | None = None) -> Dim:
@@ -75,9 +80,16 @@ def size_expr(size: Size, dims: dict[str, Dim]) -> sympy.Expr:
         return sympy.sympify(size)
     expr = size.node.expr
     names = {dim.symbol: dim_symbol(dim.name) for dim in dims.values()}
+    if expr.is_Symbol:
+        return names.get(expr, expr)
     return expr.xreplace({s: names[s] for s in expr.free_symbols if s in names})
 
 
 def dim_symbol(name: str) -> sympy.Symbol:
     """The sympy symbol for a named dimension, as cost and shape expressions use it."""
+    return _symbol(name)
+
+
+@functools.cache
+def _symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, positive=True)

@@ -40,7 +40,7 @@ def evaluate(
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             try:
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
             except Exception as error:
                 error.add_note(f"while running node {node.name} = {node.target}")
                 raise

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from collections.abc import Callable, Iterable
@@ -169,7 +170,6 @@ class Structure:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._over_tensors = structural_hash(program, _identity)
-        self._over_types = structural_hash(program, _nothing)
 
     def same_as(self, other: Structure) -> bool:
         """Whether both have the same structural hash. Weights must not have been written into."""
@@ -178,6 +178,10 @@ class Structure:
         if self._over_types != other._over_types or not (self._is_current() and other._is_current()):
             return False
         return structural_hash(self._program) == structural_hash(other._program)
+
+    @functools.cached_property
+    def _over_types(self) -> str:
+        return structural_hash(self._program, _nothing)
 
     def _is_current(self) -> bool:
         """Whether the program is still what it was."""
@@ -210,7 +214,7 @@ def _size_key(program: Program, size: Any) -> str:
     if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         from irc.core.text.expressions import expr_text  # the text form itself imports this module
 
-        return expr_text(program.expr(size))  # type: ignore[arg-type]
+        return expr_text(program.expr(size))
     return repr(size)
 
 

@@ -15,6 +15,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from irc.core.operands import input_node
 from irc.core.program import Program, is_size
 
 Values = Callable[[fx.Node], Sequence[Any]]
@@ -92,7 +93,7 @@ class Lockstep:
 
     def _linear(self, node: fx.Node) -> list[Any]:
         """A linear layer in f32, rounded to its own type: the weight is widened once for all batches."""
-        given, weight, *bias = (self._values[used] for used in node.args)  # type: ignore[index]
+        given, weight, *bias = (self._values[input_node(node, place)] for place in range(len(node.args)))
         wide = [operand[0].float() for operand in (weight, *bias)]
         return [F.linear(value.float(), *wide).to(value.dtype) for value in given]
 
@@ -117,7 +118,7 @@ def _is_slow_linear(node: fx.Node, values: dict[fx.Node, list[Any]]) -> bool:
         return False
     if not all(isinstance(used, fx.Node) for used in node.args):
         return False
-    _, *constants = (values[used] for used in node.args)  # type: ignore[index]
+    constants = [values[input_node(node, place)] for place in range(1, len(node.args))]
     return all(
         operand[0].dtype in _HALVES and operand[0].device.type == "cpu" and all(v is operand[0] for v in operand)
         for operand in constants

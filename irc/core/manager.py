@@ -155,7 +155,7 @@ class PassManager:
             state.inputs = tuple(after.example_inputs)
         state.program, state.structure = after, structure
         state.guard = checks.WeightGuard(after, state.inputs, content=self.verify != "off", known=state.guard)
-        self._record(state, row)
+        self._record(state, row, same_flops=not row.modified)
         row.verify_ms += clock.ms()
         return row
 
@@ -181,7 +181,7 @@ class PassManager:
             state.check.finish(self.passes, state.program, row)
             row.verify_ms += clock.ms()
 
-    def _record(self, state: _State, row: Row) -> None:
+    def _record(self, state: _State, row: Row, *, same_flops: bool = False) -> None:
         """Fill the row in from the program and add it, with the stage, to what was done."""
         from irc.core.cost import evaluate_cost, program_flops
 
@@ -189,7 +189,8 @@ class PassManager:
         times = sum(other.name.split("#")[0] == row.name for other in state.report.rows)
         row.name += f"#{times + 1}" * (times > 0)
         row.nodes, row.weight_bytes = program.num_nodes, program.weight_bytes
-        row.flops = evaluate_cost(program_flops(program), program)
+        previous = state.report.rows[-1].flops if same_flops else None
+        row.flops = evaluate_cost(program_flops(program), program) if previous is None else previous
         state.report.rows.append(row)
         if not self.keep_stages:
             state.stages.clear()

@@ -339,8 +339,13 @@ class Program:
         # Names are kept: provenance, dumps and error messages refer to them across stages.
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-            mapping[node].meta = dict(node.meta)
+            # Arguments are set afterwards: given to the constructor, FX would search them for symbolic sizes.
+            copied = mapping[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+            if node.args:
+                copied.args = fx.map_arg(node.args, mapping.__getitem__)
+            if node.kwargs:
+                copied.kwargs = fx.map_arg(node.kwargs, mapping.__getitem__)
+            copied.meta = dict(node.meta)
         weights = self.weights | {k: v for k, v in (replace_weights or {}).items() if k in self.weights}
         return Program(
             graph_module=build_graph_module(graph, weights, self.name),

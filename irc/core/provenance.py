@@ -58,8 +58,9 @@ def location(node: fx.Node) -> str:
 
 def _telling(node: fx.Node) -> list[Source]:
     """The node's own source if it was captured itself (others are no-ops that it took over), else all of them."""
-    sources = sorted(sources_of(node))
-    return [source for source in sources if source.node == node.name] or sources
+    sources = sources_of(node)
+    own = [source for source in sources if source.node == node.name]
+    return sorted(own or sources) if len(sources) > 1 else list(sources)
 
 
 def mark_stage_start(graph: fx.Graph) -> None:

@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import IrcError
+from irc.core.operands import apply_op, input_node, list_argument
 from irc.core.program import VAL, Program, is_size
 from irc.core.slices import evaluate_size
 
@@ -95,7 +96,7 @@ class RowEvaluator:
             if node.target in _FILLED:
                 return self._filled(node, self.shape(node))
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.whole)
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = apply_op(node, *args, **kwargs)
             self._check_shape(node, value)
         self._whole[node] = value
         return value
@@ -148,7 +149,7 @@ class RowEvaluator:
         fill = _FILLED[node.target]
         if fill is None:
             fill = self._values(node.args[2 if node.target is aten.new_full.default else 1])
-        return torch.full(shape, fill, dtype=node.meta[VAL].dtype)  # type: ignore[arg-type]
+        return torch.full(shape, fill, dtype=node.meta[VAL].dtype)
 
     def _triangle(self, node: fx.Node, rows: list[int], shape: tuple[int, ...]) -> Tensor:
         """Rows of tril and triu: column - row ≤ (≥) diagonal."""
@@ -183,11 +184,7 @@ class RowEvaluator:
 
 
 def _indexes_every_axis(node: fx.Node) -> bool:
-    base, indices = node.args[0], node.args[1]
-    return (
-        isinstance(base, fx.Node)
-        and isinstance(indices, (list, tuple))
-        and all(isinstance(index, fx.Node) for index in indices)
-        and len(indices) == base.meta[VAL].ndim
-        and all(index.meta[VAL].dtype != torch.bool for index in indices)  # type: ignore[union-attr]
+    indices = list_argument(node, 1)
+    return len(indices) == input_node(node).meta[VAL].ndim and all(
+        isinstance(index, fx.Node) and index.meta[VAL].dtype != torch.bool for index in indices
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -41,12 +42,12 @@ def refusal(target: Any) -> str | None:
 
 def argument_problems(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """How arguments (nodes and constants) break the operator's schema; empty when they fit."""
-    arguments = target._schema.arguments
-    positional = [a for a in arguments if not a.kwarg_only]
+    arguments = _arguments(target)
+    positional = [a.name for a in arguments if not a.kwarg_only]
     problems = []
     if len(args) > len(positional):
         problems.append(f"takes {len(positional)} positional arguments, got {len(args)}")
-    given: dict[str, Any] = {a.name: value for a, value in zip(positional, args, strict=False)}
+    given: dict[str, Any] = dict(zip(positional, args, strict=False))
     names = [a.name for a in arguments]
     for key, value in kwargs.items():
         if key not in names:
@@ -57,13 +58,28 @@ def argument_problems(target: torch._ops.OpOverload, args: Sequence[Any], kwargs
             given[key] = value
     for argument in arguments:
         if argument.name not in given:
-            if not argument.has_default_value():
+            if not argument.has_default:
                 problems.append(f"argument {argument.name!r} is missing")
-        elif not _fits(given[argument.name], str(argument.real_type)):
-            problems.append(
-                f"argument {argument.name!r} must be {argument.real_type}, got {_what(given[argument.name])}"
-            )
+        elif not _fits(given[argument.name], argument.kind):
+            problems.append(f"argument {argument.name!r} must be {argument.kind}, got {_what(given[argument.name])}")
     return problems
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """An argument of a schema, read once: PyTorch's bindings are slow."""
+
+    name: str
+    kind: str
+    kwarg_only: bool
+    has_default: bool
+
+
+@lru_cache(maxsize=4096)
+def _arguments(target: torch._ops.OpOverload) -> tuple[_Argument, ...]:
+    return tuple(
+        _Argument(a.name, str(a.real_type), a.kwarg_only, a.has_default_value()) for a in target._schema.arguments
+    )
 
 
 def _what(value: Any) -> str:

@@ -39,7 +39,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "CeilToInt": math.ceil,
     "ceiling": math.ceil,
     "RoundToInt": round,
-    "OpaqueUnaryFn_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
+    "OpaqueUnaryFn_sqrt": getattr(torch, "_sym_sqrt"),  # noqa: B009  (made at import time)
     "Where": torch.sym_ite,
     "Not": torch.sym_not,
     "Equality": operator.eq,
@@ -143,22 +143,22 @@ class SizeBuilder:
 
     def _dimension(self, symbol: sympy.Symbol) -> fx.Node:
         """The size of the first input whose shape gives the dimension: `D` itself, or `a*D + b`."""
-        inverted: tuple[fx.Node, int, sympy.Expr] | None = None
+        inverted: tuple[fx.Node, int, tuple[sympy.Expr, sympy.Expr]] | None = None
         for node in self.program.placeholders:
             value = node.meta.get(VAL)
             for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
                 expr = self.program.expr(size)
                 if expr == symbol:
                     return self._insert(torch.ops.aten.sym_size.int, node, axis)
-                if inverted is None and expr.free_symbols == {symbol} and _linear(expr, symbol) is not None:
-                    inverted = (node, axis, expr)
+                line = _linear(expr, symbol) if inverted is None and expr.free_symbols == {symbol} else None
+                if line is not None:
+                    inverted = (node, axis, line)
         if inverted is None:
             names = ", ".join(str(dim_symbol(d)) for d in self.program.dims) or "none"
             raise IrcError(
                 f"no input of program {self.program.name} has dimension {symbol} as a size (its dimensions: {names})"
             )
-        node, axis, expr = inverted
-        slope, offset = _linear(expr, symbol)  # type: ignore[misc]
+        node, axis, (slope, offset) = inverted
         made = self._insert(torch.ops.aten.sym_size.int, node, axis)
         if offset:
             made = self._insert(operator.add, made, -offset)

@@ -53,7 +53,7 @@ def evaluate_at(program: Program, nodes: Iterable[fx.Node], sizes: Mapping[str, 
                 raise IrcError(f"{wanted[0].name} depends on the value of input {node.name}")
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     return [values[node] for node in wanted]
 
 

@@ -46,6 +46,8 @@ def holds(node: fx.Node) -> bool:
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two types are one and the same in every respect, layout in memory included; adds no guards."""
+    if a is b:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         plain = (a.dtype, a.device, a.layout, a.dim()) == (b.dtype, b.device, b.layout, b.dim())
         return plain and alike(_numbers(a), _numbers(b))

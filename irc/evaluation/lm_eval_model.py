@@ -184,7 +184,7 @@ def lm_eval_model(model: Compiled | Program, tokenizer: Any = None, **options: A
     except ImportError:
         raise OptionError("task accuracy needs lm-eval: pip install 'irc-compiler[lm-eval]'") from None
 
-    class IrcModel(LanguageModelAdapter, LM):  # type: ignore[misc]
+    class IrcModel(LanguageModelAdapter, LM):
         """`LanguageModelAdapter` with what lm-eval expects of its models."""
 
         def __init__(self) -> None:

@@ -10,6 +10,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from irc.core.operands import int_argument
 from irc.frontend.repeats import ENTER, LEAVE, REPEAT, Block, Repeats
 
 _SUFFIX = re.compile(r"_\d+$")
@@ -147,7 +148,7 @@ def _replace_items(node: fx.Node, values: list[Any]) -> None:
     """Use the values instead of the items of a node that gives several."""
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(values[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(values[int_argument(user, 1)])
         user.graph.erase_node(user)
 
 

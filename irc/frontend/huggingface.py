@@ -42,7 +42,7 @@ class OneResult(nn.Module):
 
         # Export names the inputs after the signature, and cannot handle **kwargs.
         parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        setattr(forward, "__signature__", inspect.Signature(parameters))  # noqa: B010  (no attribute of a function's type)
         self.forward = forward
 
     def _call(self, **inputs: Tensor) -> Any:

@@ -21,6 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from irc.core import dims, provenance
 from irc.core.carrier import build_graph_module
 from irc.core.errors import CaptureError
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.frontend import inplace, provenance_reader
 from irc.frontend.naming import DimNamer
@@ -206,7 +207,7 @@ class _Importer:
         if isinstance(args, tuple) and node.target is operator.getitem and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]  # output of an inlined region
         # A model without data is captured for where its weights will be loaded.
-        args, kwargs = pytree.tree_map_only(torch.device, _with_data, (args, kwargs))
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _with_data)
         copied = self.graph.create_node("call_function", functional or node.target, args, kwargs, name=node.name)
         copied.meta[provenance.SOURCES_KEY] = frozenset(
             {
@@ -248,13 +249,14 @@ class _Importer:
         raise CaptureError(f"region {node.name} has no output")
 
 
-def _with_data(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device
+def _with_data(argument: Any) -> Any:
+    meta = isinstance(argument, torch.device) and argument.type == "meta"
+    return torch.device("cpu") if meta else argument
 
 
 def _rebind(mapping: dict[fx.Node, Any], call: fx.Node) -> None:
     """After an in-place call, every name of the written tensor means the result."""
-    old, new = mapping[call.args[0]], mapping[call]  # type: ignore[index]
+    old, new = mapping[input_node(call)], mapping[call]
     for node, value in mapping.items():
         if value is old:
             mapping[node] = new

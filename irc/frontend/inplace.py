@@ -11,6 +11,8 @@ import torch.fx as fx
 from torch import Tensor
 from torch._ops import OpOverload
 
+from irc.core.operands import input_node
+
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -55,7 +57,7 @@ def _has_mutation(module: torch.nn.Module) -> bool:
 
 def _promotes(call: fx.Node) -> bool:
     types = [n.meta["val"].dtype for n in call.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    written = call.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    written = input_node(call).meta["val"].dtype
     return any(torch.promote_types(written, other) != written for other in types)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from irc.core import formats
 from irc.core.errors import StorageError
 from irc.core.formats import Parts
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.interchange.folder import as_config, write_folder
@@ -81,7 +82,7 @@ def _quantized_weights(program: Program, names: Mapping[str, str]) -> tuple[dict
     for node in program.operations():
         if not is_irc_op(node.target, "dequantize") or _is_activation(node):
             continue
-        stored = str(node.args[0].target)  # type: ignore[union-attr]
+        stored = str(input_node(node).target)
         name = names.get(stored, stored.removesuffix(_STORED) if stored.endswith(_STORED) else "")
         if not name.endswith(_WEIGHT):
             problems.append(f"{stored} stands for no weight that is known: give its name in names={{...}}")

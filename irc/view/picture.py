@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.fx as fx
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
@@ -225,7 +226,7 @@ def _figure(boxes: dict[str, _Box], title: str) -> Figure:
     return figure
 
 
-def _legend(axes, x: float, y: float, boxes: dict[str, _Box]) -> None:  # type: ignore[no-untyped-def]
+def _legend(axes: Axes, x: float, y: float, boxes: dict[str, _Box]) -> None:
     used = {box.colour for box in boxes.values()}
     for label, colour, _ in _KINDS:
         if colour in used:
@@ -236,7 +237,7 @@ def _legend(axes, x: float, y: float, boxes: dict[str, _Box]) -> None:  # type: 
             x += 0.42 + len(label) * 0.068
 
 
-def _box(axes, box: _Box, x: float, y: float) -> None:  # type: ignore[no-untyped-def]
+def _box(axes: Axes, box: _Box, x: float, y: float) -> None:
     if box.colour != "none":
         corner = (x - box.width / 2, y - box.height / 2)
         style = "round,pad=0,rounding_size=0.06"
@@ -251,7 +252,7 @@ def _box(axes, box: _Box, x: float, y: float) -> None:  # type: ignore[no-untype
                   family="monospace", ha="center", va="center", color=colour)  # fmt: skip
 
 
-def _edge(axes, points: list[tuple[float, float]]) -> None:  # type: ignore[no-untyped-def]
+def _edge(axes: Axes, points: list[tuple[float, float]]) -> None:
     vertices, codes = [points[0]], [Curve.MOVETO]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         middle = (y0 + y1) / 2

@@ -150,7 +150,7 @@ class CpuArtifact(Artifact):
             bound = self._bound[shapes] = BoundStep(self._library, self.signature, sizes, given[: len(inputs)], caches)
             return bound.run(given[: len(inputs)])
         logits, *caches[:] = self._run(given)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
         """As the base class says; the pages themselves are written into, whatever their size."""

@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import apply_op
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.kernels.definitions import Definer
@@ -67,7 +68,7 @@ def _evaluated(program: Program, node: fx.Node) -> Tensor:
             else:
                 args, kwargs = fx.map_arg((one.args, one.kwargs), value)
                 with torch.no_grad():
-                    known[one] = one.target(*args, **kwargs)  # type: ignore[operator]
+                    known[one] = apply_op(one, *args, **kwargs)
         return known[one]
 
     return value(node).contiguous()

@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import TargetError
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.core.provenance import module_path
@@ -72,13 +73,16 @@ class Reader:
 
     def norm(self, node: fx.Node) -> tuple[Norm | None, fx.Node]:
         """(norm, its input), or (None, node)."""
+        given: list[Any] = [*node.args, *(None,) * (5 - len(node.args))]
         if node.target is aten.layer_norm.default:
-            x, shape, weight, bias, eps = (*node.args, *(None,) * (5 - len(node.args)))[:5]
-            eps = node.kwargs.get("eps", 1e-5 if eps is None else eps)
-            if len(shape) == 1 and _stored_or_none(weight) and _stored_or_none(bias):  # type: ignore[arg-type]
-                return Norm("layer", float(eps), weight, bias), x  # type: ignore[arg-type, return-value]
-        if is_irc_op(node.target, "rms_norm") and _stored_or_none(node.args[1]):
-            return Norm("rms", float(node.args[2]), node.args[1]), node.args[0]  # type: ignore[arg-type, return-value]
+            x, shape, weight, bias, fifth = given[:5]
+            eps: Any = node.kwargs.get("eps", 1e-5 if fifth is None else fifth)
+            if len(shape) == 1 and _stored_or_none(weight) and _stored_or_none(bias):
+                return Norm("layer", float(eps), weight, bias), x
+        if is_irc_op(node.target, "rms_norm"):
+            x, weight, eps, *_ = given
+            if _stored_or_none(weight):
+                return Norm("rms", float(eps), weight), x
         return None, node
 
     def evaluated(self, node: fx.Node, length: int) -> Tensor:
@@ -225,13 +229,13 @@ class Reader:
 
     def _norm_of_event(self, node: fx.Node) -> tuple[Norm, fx.Node | None]:
         if node.target is aten.mul.Tensor:
-            inner, weight = node.args[:2]
+            inner, weight = input_node(node), input_node(node, 1)
             if is_stored(inner):
                 inner, weight = weight, inner
-            norm, _ = self.norm(inner)  # type: ignore[arg-type]
+            norm, _ = self.norm(inner)
             if norm is None or norm.weight is not None:
                 raise TargetError(f"{_where(node)}: a product that is no norm's weight")
-            return norm, weight  # type: ignore[return-value]
+            return norm, weight
         norm, _ = self.norm(node)
         if norm is None:
             raise TargetError(f"{_where(node)} is no norm with a stored weight")
@@ -267,8 +271,8 @@ class Reader:
             return Mlp(up[0], linear_of(self.program, down), activation, gate[0]), linear_input(up[1])
         if is_irc_op(inner.target, "linear_activation"):
             weight, bias = inner.args[1], inner.args[2] if len(inner.args) > 2 else None
-            up_layer = Linear(weight, bias)  # type: ignore[arg-type]
-            return Mlp(up_layer, linear_of(self.program, down), str(inner.kwargs["activation"])), inner.args[0]  # type: ignore[return-value]
+            up_layer = Linear(weight, bias)
+            return Mlp(up_layer, linear_of(self.program, down), str(inner.kwargs["activation"])), inner.args[0]
         plain = _activation(inner)
         if plain is None:
             raise TargetError(
@@ -276,7 +280,7 @@ class Reader:
                 f" {inner.target}"
             )
         before = inner.args[0]
-        hidden, source = self._hidden(before.args[0] if plain == "relu_squared" else before)  # type: ignore[union-attr]
+        hidden, source = self._hidden(before.args[0] if plain == "relu_squared" else before)
         return Mlp(hidden, linear_of(self.program, down), plain), linear_input(source)
 
     def _hidden(self, node: Any) -> tuple[Linear, fx.Node]:

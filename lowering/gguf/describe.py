@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import module_path
@@ -84,7 +85,7 @@ class _Description:
         softcap, scale = None, 1.0
         capped = factor(self.program, node)
         if capped is not None and capped[0].target is aten.tanh.default:
-            inner = factor(self.program, capped[0].args[0])  # type: ignore[arg-type]
+            inner = factor(self.program, capped[0].args[0])
             if inner is None or abs(inner[1] * capped[1] - 1) > 1e-6:
                 raise TargetError(f"{node.name}: a cap on the logits must divide by what it multiplies with")
             softcap, node = capped[1], inner[0]
@@ -114,7 +115,7 @@ class _Description:
         if node in stream.holds:
             return stream.holds[node]
         if self._is_sum(node):
-            parts = [self._stream(a, stream) for a in node.args[:2]]  # type: ignore[arg-type]
+            parts = [self._stream(input_node(node, place), stream) for place in range(2)]
             if parts[0] & parts[1]:
                 raise TargetError(f"{node.name} adds a value to the residual stream twice")
             stream.holds[node] = parts[0] | parts[1]
@@ -185,7 +186,7 @@ class _Description:
         """x + branch(x) where x itself is a norm's result."""
         if not self._is_sum(node):
             return False
-        return any(self.reader.norm(a)[0] is not None for a in node.args[:2])  # type: ignore[arg-type]
+        return any(self.reader.norm(a)[0] is not None for a in node.args[:2])
 
     def _encoder(self, node: fx.Node) -> Transformer:
         layers: list[Layer] = []
@@ -232,7 +233,8 @@ class _Description:
     def _transformer(
         self, lookups: list[fx.Node], layers: list[Layer], final_norm: Norm | None, top: _Head, norm: Norm | None
     ) -> Transformer:
-        embedding, scale, positions, types = None, 1.0, None, None
+        embedding: fx.Node | None = None
+        scale, positions, types = 1.0, None, None
         notes: list[str] = []
         for term in lookups:
             node, found = term, 1.0
@@ -241,7 +243,7 @@ class _Description:
             if node.target is not aten.embedding.default or not is_stored(node.args[0]):
                 positions = self._positions(node, positions)
             elif node.args[1] is self.program.placeholders[0]:
-                embedding, scale = node.args[0], found
+                embedding, scale = input_node(node), found
             elif node.args[1] in self.dependent:
                 raise TargetError(f"{_where(node)} looks up something other than the token ids")
             elif self._is_row_zero(node):
@@ -250,10 +252,10 @@ class _Description:
                 positions = self._positions(node, positions)
         if embedding is None:
             raise TargetError(f"program {self.program.name} does not start with an embedding of its input")
-        vocabulary, width = (int(size) for size in embedding.meta[VAL].shape)  # type: ignore[union-attr]
+        vocabulary, width = (int(size) for size in embedding.meta[VAL].shape)
         limits = [dim.maximum for dim in self.program.dims.values() if dim.maximum is not None]
         return Transformer(
-            embedding, width, vocabulary, layers, final_norm, top.head, scale, positions, types,  # type: ignore[arg-type]
+            embedding, width, vocabulary, layers, final_norm, top.head, scale, positions, types,
             norm, top.scale, top.softcap, min(limits) if limits else None, notes,
         )  # fmt: skip
 
@@ -264,7 +266,7 @@ class _Description:
             raise TargetError(
                 f"{_where(node)}: positions that are computed, not looked up, are in no GGUF architecture"
             )
-        ids = self.reader.evaluated(node.args[1], 3)  # type: ignore[arg-type]
+        ids = self.reader.evaluated(node.args[1], 3)
         if ids.flatten().tolist() != [0, 1, 2]:
             raise TargetError(
                 f"{_where(node)}: positions must count from 0, not {ids.flatten().tolist()}: no GGUF architecture"
@@ -275,7 +277,7 @@ class _Description:
         return table
 
     def _is_row_zero(self, node: fx.Node) -> bool:
-        ids = self.reader.evaluated(node.args[1], 3)  # type: ignore[arg-type]
+        ids = self.reader.evaluated(node.args[1], 3)
         return bool((ids == 0).all())
 
 

@@ -59,7 +59,7 @@ def stored_kind(program: Program, tensor: FileTensor) -> str | None:
         except OptionError as error:
             reasons.append(str(error))
     raise TargetError(
-        f"{tensor.name} ({weight_name(tensor.pieces[0].node)}, {chosen}) fits no GGUF type without loss:\n    "  # type: ignore[arg-type]
+        f"{tensor.name} ({weight_name(tensor.pieces[0].node)}, {chosen}) fits no GGUF type without loss:\n    "
         + "\n    ".join(reasons)
         + "\n  quantize with f16 scales and groups of 32 or more, or give a type to quantize again"
     )
@@ -118,11 +118,11 @@ def _float_rows(
     """Rows in f32, some at a time; a whole vector at once."""
     whole = piece.literal if piece.node is None else None
     if whole is None and parts is None:
-        whole = program.weight(piece.node).detach()  # type: ignore[arg-type]
+        whole = program.weight(piece.node).detach()
     if whole is not None and expert is not None:
         whole = whole[expert]
     if whole is not None and whole.device.type == "meta":
-        raise TargetError(f"{weight_name(piece.node)} is on the meta device and has no values: load it first")  # type: ignore[arg-type]
+        raise TargetError(f"{weight_name(piece.node)} is on the meta device and has no values: load it first")
     count = int(piece.rows.numel()) if piece.rows is not None else piece.shape[0 if expert is None else 1]
     width = piece.shape[-1] if len(piece.shape) > 1 else 1
     step = max(1, _CHUNK // width)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError
 from irc.core.lockstep import Lockstep
+from irc.core.operands import input_node
 from irc.core.program import Program
 from irc.lowering.gguf.layout import Layout
 from irc.lowering.gguf.reading import read_file
@@ -98,7 +99,7 @@ def collect_importance(
     result = ImportanceMatrix(datasets=[description])
 
     def visit(node: fx.Node, values: Any) -> None:
-        for name in dict.fromkeys(wanted.get(node.args[1], ())):  # type: ignore[arg-type]
+        for name in dict.fromkeys(wanted.get(input_node(node, 1), ())):
             for x in values(node.args[0]):
                 rows = x.detach().float().flatten(0, -2)
                 found = rows.square().sum(0, keepdim=True)

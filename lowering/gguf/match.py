@@ -303,9 +303,9 @@ def _ropes(model: Transformer, entry: Architecture) -> Iterator[str]:
             yield "the rotary frequencies of its layers with a window are scaled"
 
 
-def distinct_ropes(model: Transformer) -> list:  # type: ignore[type-arg]
+def distinct_ropes(model: Transformer) -> list:
     """Rotations of the layers without a window, then of those with one; once each."""
-    found: list = []  # type: ignore[type-arg]
+    found: list = []
     ordered = sorted(model.layers, key=lambda layer: layer.attention.window is not None)
     for layer in ordered:
         rope = layer.attention.rope

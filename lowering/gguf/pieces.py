@@ -33,11 +33,18 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        full = tuple(self.literal.shape) if self.node is None else tuple(int(s) for s in self.node.meta[VAL].shape)  # type: ignore[union-attr]
+        full = tuple(int(size) for size in self._whole().shape)
         if self.rows is None:
             return full
         axis = 1 if len(full) == 3 else 0
         return (*full[:axis], self.rows.numel(), *full[axis + 1 :])
+
+    def _whole(self) -> Tensor:
+        """What the rows are of: the literal, or the weight's type."""
+        if self.node is not None:
+            return self.node.meta[VAL]
+        assert self.literal is not None
+        return self.literal
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import IrcError, TargetError
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.core.slices import evaluate_at
 from irc.lowering.gguf.description import Rope
@@ -74,8 +75,8 @@ def _unrounded(program: Program, nodes: list[fx.Node]) -> tuple[Program, list[fx
     exact = [own.node(node.name) for node in nodes]
     for name in casts:
         cast = own.node(name)
-        exact = [cast.args[0] if node is cast else node for node in exact]  # type: ignore[misc]
-        cast.replace_all_uses_with(cast.args[0])  # type: ignore[arg-type]
+        exact = [input_node(cast) if node is cast else node for node in exact]
+        cast.replace_all_uses_with(input_node(cast))
     return own, exact
 
 

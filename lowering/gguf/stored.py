@@ -8,6 +8,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.formats import Format, Parts
+from irc.core.operands import input_node
 from irc.core.program import Program
 
 
@@ -16,8 +17,8 @@ def quantized_parts(program: Program, node: fx.Node) -> tuple[Format, Parts] | N
     if node.op == "get_attr":
         return None
     chosen = formats.parse(str(node.kwargs["format"]))
-    tensors = [program.weight(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
-    return chosen, Parts(*(tensors + [None] * 4)[:4])  # type: ignore[arg-type]
+    others = [program.weight(arg) if isinstance(arg, fx.Node) else None for arg in node.args[1:]]
+    return chosen, Parts(program.weight(input_node(node)), *others)
 
 
 def numbers(program: Program, node: fx.Node) -> Tensor:

@@ -111,7 +111,8 @@ def _tokens(description: Mapping[str, Any], size: int) -> tuple[list[str], list[
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Merges as pairs: old files hold one text with a space between."""
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in model.get("merges", ())]  # type: ignore[misc]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", ()))
+    return [(first, second) for first, second in pairs]
 
 
 def _byte_level(description: Mapping[str, Any], model: Mapping[str, Any], pre: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import TargetError
+from irc.core.operands import apply_op, list_argument
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, is_size
 from irc.core.slices import evaluate_size
@@ -214,7 +215,7 @@ def _data_inputs(node: fx.Node) -> list[fx.Node] | None:
     if node.op != "call_function":
         return None
     if node.target in (aten.cat.default, aten.stack.default):
-        return list(node.args[0])  # type: ignore[arg-type]
+        return list_argument(node, 0)
     if node.target in LAYOUT or is_event(node):
         return [_first_input(node)]
     return None
@@ -277,7 +278,7 @@ def _run(
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
     if any(isinstance(a, (torch.SymInt,)) for a in args):
         args = tuple(evaluate_size(program, a, sizes) for a in args)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return apply_op(node, *args, **kwargs)
 
 
 def _one_token(program: Program, node: fx.Node, value: Tensor, sizes: dict[str, int]) -> Tensor:

@@ -69,7 +69,7 @@ def write_file(
                     progress(f"writing {tensor.name}", index, len(tensors))
                 written = 0
                 for chunk in encode(program, tensor, kind, (importance or {}).get(tensor.name)):
-                    data = memoryview(np.ascontiguousarray(chunk)).cast("B")  # type: ignore[arg-type]
+                    data = np.ascontiguousarray(chunk).data.cast("B")
                     written += len(data)
                     file.write(data)
                 if written != num_bytes(tensor.shape, kind):

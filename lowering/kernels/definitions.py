@@ -10,13 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.dims import Size
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import op_name
@@ -132,7 +133,7 @@ class Definer:
     def _make(self, node: fx.Node, index: At) -> Value:
         size = node.meta.get(VAL)
         if not isinstance(size, Tensor) and not isinstance(size, (tuple, list)):
-            return self.number(self.program.expr(size))  # type: ignore[arg-type]
+            return self.number(self.program.expr(cast(Size, size)))  # a node is a tensor, several, or a size
         if node in self.buffers:
             return self.load(self.buffers[node], index)
         return self.defined(node, index)
@@ -229,7 +230,9 @@ class Call:
     def _sizes(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
             known = value.meta.get(VAL)
-            return value if isinstance(known, (Tensor, tuple, list)) else self.definer.program.expr(known)  # type: ignore[arg-type]
+            if isinstance(known, (Tensor, tuple, list)):
+                return value
+            return self.definer.program.expr(cast(Size, known))  # a node is a tensor, several, or a size
         if isinstance(value, (torch.SymInt, torch.SymFloat)):
             return self.definer.program.expr(value)
         if isinstance(value, (list, tuple)):

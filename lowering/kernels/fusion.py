@@ -103,7 +103,7 @@ class _Scheduler:
                 self._buffer(node, name, row_major(shape), kind)
 
     def _buffer(self, node: fx.Node, name: str, strides: Sequence[sympy.Expr], kind: str) -> Buffer:
-        made = Buffer(name, self.definer.dtype(node), self.definer.shape(node), tuple(strides), kind, node.name)  # type: ignore[arg-type]
+        made = Buffer(name, self.definer.dtype(node), self.definer.shape(node), tuple(strides), kind, node.name)
         self.schedule.buffers[name] = made
         self.definer.give_buffer(node, made)
         return made

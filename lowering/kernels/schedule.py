@@ -76,7 +76,7 @@ class Item:
         return replace(self, axes=axes, offset=offset, value=change(self.value), when=when)
 
 
-def build_kernel(name: str, items: Sequence[Item], outer: Sequence[AxisRange], ranges: dict) -> Kernel:  # type: ignore[type-arg]
+def build_kernel(name: str, items: Sequence[Item], outer: Sequence[AxisRange], ranges: dict) -> Kernel:
     """One kernel for all items.
 
     Args:
@@ -103,7 +103,7 @@ def build_kernel(name: str, items: Sequence[Item], outer: Sequence[AxisRange], r
     return Kernel(name, axes, tuple(block.statements), _origins(items))
 
 
-def build_epilogue(name: str, item: Item, columns: Sequence[AxisRange], ranges: dict) -> Kernel:  # type: ignore[type-arg]
+def build_epilogue(name: str, item: Item, columns: Sequence[AxisRange], ranges: dict) -> Kernel:
     """The kernel that a template runs on its result: rows are the outer axes, columns the loops."""
     outer = [axis for axis in item.axes if axis not in columns]
     items, outer = _merge_axes([replace(item, axes=(*outer, *columns))], outer, ranges)
@@ -164,7 +164,7 @@ class _Block:
         for i, (symbol, extent) in reversed(list(enumerate(value.axes))):
             simple = i == innermost and len(nested) == 1 and not value.op.startswith("arg")
             kind = "vector" if simple and _contiguous(body, symbol) else "serial"
-            nested = (Loop(Axis(symbol, extent, kind=kind, stop=stop if i == 0 else None), nested),)  # type: ignore[arg-type]
+            nested = (Loop(Axis(symbol, extent, kind=kind, stop=stop if i == 0 else None), nested),)
         self.statements.append(Start(name, value.op, body.dtype))
         self.statements.extend(nested)
         return Local(name, value.dtype)
@@ -201,7 +201,7 @@ def _emit(item: Item, block: _Block, outer: Sequence[AxisRange]) -> None:
     before = len(block.statements)
     inner = block.inside({symbol for symbol, _ in inner_axes})
     store = Store(
-        item.buffer, inner.lower(item.offset), inner.lower(item.value),  # type: ignore[arg-type]
+        item.buffer, inner.lower(item.offset), inner.lower(item.value),
         None if item.when is None else inner.lower(item.when),
     )  # fmt: skip
     inner.statements.append(store)
@@ -211,12 +211,12 @@ def _emit(item: Item, block: _Block, outer: Sequence[AxisRange]) -> None:
         return
     previous = block.statements[-1] if block.statements else None
     if len(block.statements) == before and _same_loop(previous, inner_axes) and len(body) == 1:
-        block.statements[-1] = _joined(previous, inner_axes, body, len(inner_axes))  # type: ignore[arg-type]
+        block.statements[-1] = _joined(previous, inner_axes, body, len(inner_axes))
         return
     innermost = len(inner_axes) - 1
     for i, (symbol, extent) in reversed(list(enumerate(inner_axes))):
         kind = "vector" if i == innermost and len(body) == 1 else "serial"
-        body = (Loop(Axis(symbol, extent, kind=kind), body),)  # type: ignore[arg-type]
+        body = (Loop(Axis(symbol, extent, kind=kind), body),)
     block.statements.extend(body)
 
 
@@ -327,7 +327,7 @@ def _walked_as_one(items: Sequence[Item], first: AxisRange, second: AxisRange) -
 
 def _merge(
     items: list[Item], outer: list[AxisRange], first: AxisRange, second: AxisRange, ranges: dict
-) -> tuple[list[Item], list[AxisRange]]:  # type: ignore[type-arg]
+) -> tuple[list[Item], list[AxisRange]]:
     (a, rows), (b, size) = first, second
     symbol = index_symbol(f"{a}{b}" if len(str(a)) + len(str(b)) < 12 else f"m{len(ranges)}")
     ranges[symbol] = sympy.expand(rows * size)

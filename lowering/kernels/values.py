@@ -224,7 +224,7 @@ def rewrite(value: Value, change: Callable[[Value], Value | None], memo: dict[Va
     return visit(value)
 
 
-def substitute(value: Value, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Mapping) -> Value:  # type: ignore[type-arg]
+def substitute(value: Value, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Mapping) -> Value:
     """The tree with index symbols replaced in every index expression."""
 
     def change(part: Value) -> Value | None:

@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import input_node, int_argument
 from irc.core.program import VAL, Program
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def write_as_pairs(program: Program) -> None:
             values = torch.view_as_real(program.weight(node).detach()).contiguous()
             pairs[node] = program.weight_node(f"{node.target}_pairs", values, before=node)
         else:
-            pairs[node] = _PAIRS[node.target](_Writer(program, node), pairs)  # type: ignore[index]
+            pairs[node] = _PAIRS[node.target](_Writer(program, node), pairs)
     for node in nodes:
         for user in [user for user in node.users if user.target is aten.view_as_real.default]:
             program.replace(user, pairs[node])
@@ -60,14 +61,14 @@ class _Writer:
 
     def axis(self, axis: int, added: int = 0) -> int:
         """An axis of the complex tensor as one of the pairs, counted from the front."""
-        return axis % (self.node.args[0].meta[VAL].dim() + added)  # type: ignore[union-attr]
+        return axis % (input_node(self.node).meta[VAL].dim() + added)
 
 
 Pairs = dict[fx.Node, fx.Node]
 
 
 def _view(write: _Writer, pairs: Pairs) -> fx.Node:
-    return write.args[0]  # type: ignore[return-value]
+    return input_node(write.node)
 
 
 def _polar(write: _Writer, pairs: Pairs) -> fx.Node:
@@ -79,10 +80,10 @@ def _polar(write: _Writer, pairs: Pairs) -> fx.Node:
 def _mul(write: _Writer, pairs: Pairs) -> fx.Node:
     left, right = write.args[:2]
     if not (is_complex(left) and is_complex(right)):
-        number, factor = (left, right) if is_complex(left) else (right, left)
+        factor = right if is_complex(left) else left
         wide = write(aten.unsqueeze.default, factor, -1) if isinstance(factor, fx.Node) else factor
-        return write(aten.mul.Tensor, pairs[number], wide)  # type: ignore[index]
-    (a, b), (c, d) = (write.parts(pairs[one]) for one in (left, right))  # type: ignore[index]
+        return write(aten.mul.Tensor, pairs[input_node(write.node, 0 if is_complex(left) else 1)], wide)
+    (a, b), (c, d) = (write.parts(pairs[input_node(write.node, index)]) for index in (0, 1))
 
     def product(x: fx.Node, y: fx.Node) -> fx.Node:
         return write(aten.mul.Tensor, x, y)
@@ -93,16 +94,16 @@ def _mul(write: _Writer, pairs: Pairs) -> fx.Node:
 
 
 def _unsqueeze(write: _Writer, pairs: Pairs) -> fx.Node:
-    return write(aten.unsqueeze.default, pairs[write.args[0]], write.axis(write.args[1], 1))  # type: ignore[index, arg-type]
+    return write(aten.unsqueeze.default, pairs[input_node(write.node)], write.axis(int_argument(write.node, 1), 1))
 
 
 def _slice(write: _Writer, pairs: Pairs) -> fx.Node:
-    axis = write.axis(write.args[1] if len(write.args) > 1 else 0)  # type: ignore[arg-type]
-    return write(aten.slice.Tensor, pairs[write.args[0]], axis, *write.args[2:])  # type: ignore[index]
+    axis = write.axis(int_argument(write.node, 1) if len(write.args) > 1 else 0)
+    return write(aten.slice.Tensor, pairs[input_node(write.node)], axis, *write.args[2:])
 
 
 def _index(write: _Writer, pairs: Pairs) -> fx.Node:
-    return write(aten.index.Tensor, pairs[write.args[0]], *write.args[1:])  # type: ignore[index]
+    return write(aten.index.Tensor, pairs[input_node(write.node)], *write.args[1:])
 
 
 _PAIRS: dict[Any, Callable[[_Writer, Pairs], fx.Node]] = {

@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.contract import Skip
+from irc.core.operands import apply_op, int_argument
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.registry import Setting, bound
 
@@ -82,7 +83,7 @@ def call(
         node = program.graph.create_node("call_function", bound(setting, build), args, kwargs, name=build.__name__)
     values = fx.map_arg((args, kwargs), lambda n: n.meta[VAL])
     with torch.no_grad(), program.fake_mode:
-        node.meta[VAL] = node.target(*values[0], **values[1])  # type: ignore[operator]
+        node.meta[VAL] = apply_op(node, *values[0], **values[1])
     return node
 
 
@@ -102,7 +103,7 @@ def swaps_heads(node: Any) -> bool:
         isinstance(node, fx.Node)
         and node.target is aten.transpose.int
         and node.meta[VAL].dim() == 4
-        and {int(axis) % 4 for axis in node.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+        and {int_argument(node, n) % 4 for n in (1, 2)} == {1, 2}
     )
 
 

@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.artifact import INTERFACE, METADATA
 
@@ -46,7 +47,7 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
         )
     ids, positions, wanted = graph.inputs[:3]
     mask = ir.Value(
-        name=MASK, shape=ir.Shape([ids.shape[0], _LENGTHS[1]]), type=ir.TensorType(ir.DataType.INT64)  # type: ignore[index]
+        name=MASK, shape=ir.Shape([_sizes(ids)[0], _LENGTHS[1]]), type=ir.TensorType(ir.DataType.INT64)
     )  # fmt: skip
     prelude = Prelude(graph, ids, mask)
     last, longest = prelude.lengths()
@@ -68,13 +69,13 @@ def to_genai(model: ir.Model, cache: KVCache) -> None:
             assert past is not None
             past.name, present.name = PAST[side] % index, PRESENT[side] % index
             for value, length in ((past, _LENGTHS[0]), (present, _LENGTHS[1])):
-                batch, heads, _, width = value.shape  # type: ignore[misc]
+                batch, heads, _, width = _sizes(value)
                 value.shape = ir.Shape([batch, heads, length, width])
             ordered.append((past, present))
     _replace(graph.inputs, [ids, mask, *(past for past, _ in ordered)])
     _replace(graph.outputs, [graph.outputs[0], *(present for _, present in ordered)])
     logits = graph.outputs[0]
-    logits.shape = ir.Shape([ids.shape[0], ids.shape[1], logits.shape[2]])  # type: ignore[index]
+    logits.shape = ir.Shape([*_sizes(ids)[:2], _sizes(logits)[2]])
     ids.name, logits.name = "input_ids", "logits"
     # What is said about the caches is about a step's inputs; who reads the file should know that these are others.
     described = json.loads(model.metadata_props[METADATA])
@@ -208,12 +209,17 @@ def config(
     }  # fmt: skip
 
 
+def _sizes(value: ir.Value) -> tuple[Any, ...]:
+    assert value.shape is not None
+    return tuple(value.shape)
+
+
 def _attentions(program: Program) -> list[fx.Node]:
     return [node for node in program.operations() if str(node.target) == "irc.attention.default"]
 
 
 def _heads(program: Program) -> int:
-    return max((int(node.args[0].meta[VAL].shape[1]) for node in _attentions(program)), default=1)  # type: ignore[union-attr]
+    return max((int(input_node(node).meta[VAL].shape[1]) for node in _attentions(program)), default=1)
 
 
 def _width(program: Program) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.errors import TargetError
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.fusing import is_reshape
@@ -77,8 +78,8 @@ def keep_opaque(program: Program) -> int:
         if not isinstance(chosen, formats.QuantFormat):
             continue
         stored, scale, zero_point = node.args[:3]
-        dtype = node.kwargs.get("dtype") or program.weight(scale).dtype  # type: ignore[arg-type]
-        index = [known for known, _ in _FLOATS].index(dtype)  # type: ignore[arg-type]
+        dtype: Any = node.kwargs.get("dtype") or program.weight(input_node(node, 1)).dtype
+        index = [known for known, _ in _FLOATS].index(dtype)
         shape = list(node.meta[VAL].shape)
         arguments = (stored, scale, zero_point, node.kwargs["format"], index)
         for user in list(node.users):
@@ -133,7 +134,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     if chosen.packs_two and chosen.signed:
         zeros = (np.zeros(scales.shape, np.int16) if zeros is None else zeros) + _NIBBLE_OFFSET
     inputs = [integers, _initializer(graph, f"{stored.name}.scale", ir.Tensor(np.ascontiguousarray(scales)))]
-    graph.initializers[integers.name] = integers  # type: ignore[index]
+    graph.initializers[integers.name] = integers  # type: ignore[index]  # it was made with a name
     if zeros is not None:
         inputs.append(_initializer(graph, f"{stored.name}.zero_point", _packed(zeros, kind)))
     new = ir.node("DequantizeLinear", inputs, attributes)

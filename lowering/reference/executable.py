@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import apply_op, input_node
 from irc.core.ops.cache import as_bytes
 from irc.core.ops.registry import find_op, is_irc_op
 from irc.core.program import VAL, Program
@@ -70,8 +71,8 @@ def _fold_dequantize(program: Program) -> int:
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: program.weight(n).detach())
         with torch.no_grad():
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
-        weight = program.weight_node(f"{node.args[0].target}_dequantized", value, before=node)  # type: ignore[union-attr]
+            value = apply_op(node, *args, **kwargs)
+        weight = program.weight_node(f"{input_node(node).target}_dequantized", value, before=node)
         program.replace(node, weight)
         count += 1
     program.erase_dead()
@@ -118,7 +119,7 @@ def _plan_pages(program: Program) -> list[str]:
         return [str(c) for c in caches]
     graph, inputs = program.graph, (*shared.pop(), slots.pop())
     with graph.inserting_before(writes[0]):
-        block_size = int(caches[0].meta[VAL].shape[1])  # type: ignore[union-attr]
+        block_size = int(input_node(writes[0]).meta[VAL].shape[1])
         plan = graph.call_function(pages.plan_step, (*inputs, block_size))
     for node in writes:
         node.target, node.args = pages.write_pages, (node.args[0], node.args[1], plan)

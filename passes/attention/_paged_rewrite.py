@@ -88,7 +88,7 @@ class PagedRewrite(StepRewrite):
         self.slots = self._placeholder("slots", [count], torch.int64, before=wanted)
         for index, node in enumerate(self.analysis.attentions):
             for kind, operand in zip("kv", node.args[1:3], strict=True):
-                value = operand.meta[VAL]  # type: ignore[union-attr]
+                value = operand.meta[VAL]
                 shape = [sizes["K"], self.block_size, int(value.shape[1]), int(value.shape[3])]
                 self.caches.append(self._placeholder(f"cache_{kind}_{index}", shape, self.cache_dtype or value.dtype))
                 self.heads.append((shape[2], shape[3]))

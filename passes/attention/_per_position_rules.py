@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from irc.core import formats
+from irc.core.operands import input_node, int_argument, list_argument
 from irc.core.program import VAL, is_size
 from irc.passes.attention._per_position import Layout, Refusal, Rule, Token, Walk
 
@@ -102,7 +103,7 @@ def _along(argument: str | Callable[[fx.Node], list[int]], verb: str) -> Rule:
 
 
 def _slice(walk: Walk, node: fx.Node) -> Layout:
-    if walk.shape(node) == walk.shape(node.args[0]) and _argument(node, "step", 1) == 1:  # type: ignore[arg-type]
+    if walk.shape(node) == walk.shape(node.args[0]) and _argument(node, "step", 1) == 1:
         return walk.layout(node.args[0])
     return _along("dim", "slices")(walk, node)
 
@@ -169,9 +170,9 @@ def _embedding(walk: Walk, node: fx.Node) -> Token | None:
 
 def _index(walk: Walk, node: fx.Node) -> Token | None:
     """x[i, j, …] with integer tensors: weights looked up by data, or tokens repeated in order."""
-    source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, indices = node.args[0], list_argument(node, 1)
     if isinstance(indices, list) and _op_name(node) == "aten::index_select":
-        indices = [None] * (int(node.args[1]) % len(walk.shape(source))) + [node.args[2]]  # type: ignore[arg-type]
+        indices = [None] * (int_argument(node, 1) % len(walk.shape(source))) + [node.args[2]]
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if any(index.meta[VAL].dtype == torch.bool for _, index in given):
         raise Refusal("selects by a boolean mask: the number of results depends on the data")
@@ -200,7 +201,7 @@ def _index_elsewhere(
     found = walk.layouts_of([index for _, index in given])
     if token is not None:
         for dim, _ in given:
-            mixed = walk.mixes(walk.shape(node.args[0])[dim])  # type: ignore[arg-type]
+            mixed = walk.mixes(walk.shape(node.args[0])[dim])
             if mixed is not None:
                 raise Refusal(f"indexes {mixed}")
         if found:
@@ -215,8 +216,8 @@ def _index_elsewhere(
 
 def _gather(walk: Walk, node: fx.Node) -> Token | None:
     """gather and scatter along a dimension that holds no positions; all operands share one layout."""
-    sizes = walk.shape(node.args[0])  # type: ignore[arg-type]
-    mixed = walk.mixes(sizes[int(node.args[1]) % len(sizes)])  # type: ignore[arg-type]
+    sizes = walk.shape(node.args[0])
+    mixed = walk.mixes(sizes[int_argument(node, 1) % len(sizes)])
     if mixed is not None:
         raise Refusal(f"gathers or scatters along {mixed}")
     tokens = set(walk.layouts_of(node.args).values())
@@ -227,10 +228,8 @@ def _gather(walk: Walk, node: fx.Node) -> Token | None:
 
 def _index_add(walk: Walk, node: fx.Node) -> Token | None:
     """x[i // k] += source[i]: the k parts of a token are summed (experts)."""
-    target, dim, index, source = node.args[:4]
-    assert isinstance(index, fx.Node)
-    assert isinstance(target, fx.Node)
-    dim = int(dim) % len(walk.shape(target))  # type: ignore[call-overload, arg-type]
+    target, index, source = input_node(node), input_node(node, 2), input_node(node, 3)
+    dim = int_argument(node, 1) % len(walk.shape(target))
     token = walk.layout(source)
     walk.layout(target)
     repeats = walk.identity(index, walk.shape(target)[dim]) if index not in walk.data else None
@@ -244,13 +243,13 @@ def _repeat_interleave(walk: Walk, node: fx.Node) -> Token | None:
     token = walk.layout(source)
     if token is None or not isinstance(repeats, int) or not isinstance(dim, int):
         raise Refusal("repeats elements by data or in flat order")
-    rank = len(walk.shape(source))  # type: ignore[arg-type]
+    rank = len(walk.shape(source))
     same = dim % rank == token.dim
     return Token(token.dim, token.inner * repeats if same else token.inner)
 
 
 def _getitem(walk: Walk, node: fx.Node) -> Token | None:
-    parts = walk.layouts[node.args[0]]  # type: ignore[index]
+    parts = walk.layouts[node.args[0]]
     assert isinstance(parts, tuple)
     assert isinstance(node.args[1], int)
     return parts[node.args[1]]

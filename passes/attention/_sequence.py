@@ -11,6 +11,7 @@ from torch import Tensor
 
 from irc.core.dims import Dim, dim_symbol
 from irc.core.errors import PassError
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 
@@ -78,7 +79,7 @@ def find_sequence(program: Program, tokens: str | None = None) -> Sequence:
         raise PassError("the program has no irc.attention: nothing to cache (is it a decoder, and canonicalized?)")
     if any(n.kwargs.get("positions") is not None for n in nodes):
         raise PassError("the program already has a cache: its attentions have positions")
-    lengths = {program.shape_expr(n.args[0])[2] for n in nodes}  # type: ignore[arg-type]
+    lengths = {program.shape_expr(input_node(n))[2] for n in nodes}
     named = {dim_symbol(d.name): d for d in program.dims.values()}
     if len(lengths) > 1:
         raise PassError(
@@ -102,7 +103,7 @@ def find_sequence(program: Program, tokens: str | None = None) -> Sequence:
         wanted = f"named {tokens!r} " if tokens else ""
         raise PassError(f"expected one used input {wanted}with sequence dimension {dim.name}, found: {found}")
     node, axis = candidates[0]
-    batch_expr = program.shape_expr(nodes[0].args[0])[0]  # type: ignore[arg-type]
+    batch_expr = program.shape_expr(input_node(nodes[0]))[0]
     batch = named.get(batch_expr)
     if batch is None and batch_expr != 1:
         raise PassError(f"the batch is fixed at {batch_expr}: capture with a dynamic batch, or a batch of one")

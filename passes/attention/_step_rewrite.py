@@ -11,6 +11,7 @@ from torch import Tensor
 
 from irc.core.dims import Dim, new_dim
 from irc.core.errors import PassError
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program, is_size
 from irc.passes.attention._analysis import Analysis
 from irc.passes.attention._head import find_cut
@@ -79,7 +80,7 @@ class StepRewrite:
         sequence = self.analysis.sequence
         for index, node in enumerate(self.analysis.attentions):
             for kind, operand in zip("kv", node.args[1:3], strict=True):
-                value = operand.meta[VAL]  # type: ignore[union-attr]
+                value = operand.meta[VAL]
                 sizes = [sequence.batch_size, int(value.shape[1]), self.analysis.tables.length, int(value.shape[3])]
                 self.caches.append(self._placeholder(f"cache_{kind}_{index}", sizes, self.cache_dtype or value.dtype))
                 self.heads.append((sizes[1], sizes[3]))
@@ -99,12 +100,12 @@ class StepRewrite:
 
     def _cache_attention(self, node: fx.Node, index: int) -> None:
         keys_and_values = []
-        for slot, operand in enumerate(node.args[1:3], start=2 * index):
+        for slot, operand in enumerate((input_node(node, 1), input_node(node, 2)), start=2 * index):
             new = self.program.insert(
                 torch.ops.irc.cache_write.default, self.caches[slot], operand, self.positions, before=node
             )
             self.updated.append(new)
-            keys_and_values.append(self.read_back(new, operand, node))  # type: ignore[arg-type]
+            keys_and_values.append(self.read_back(new, operand, node))
         kwargs = dict(node.kwargs) | {"positions": self.positions}
         bias = self._bias(node, kwargs)
         if bias is not None:

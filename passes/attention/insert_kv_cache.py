@@ -38,6 +38,7 @@ from irc.core.contract import EXACT, Finding, Pass, PassContext, PassResult, Pre
 from irc.core.errors import OptionError, PassError, nearest
 from irc.core.evaluate import Observer
 from irc.core.kv_cache import METADATA_KEY
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, dtype_from_name, dtype_name
 from irc.passes.attention._analysis import Analysis, analyze, require
@@ -87,7 +88,7 @@ class InsertKVCache(Pass):
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         return EXACT if self.cache_dtype is None else Preserves(kind="lossy", rtol=0.1)
 
     def requires(self, program: Program) -> list[str]:
@@ -168,12 +169,12 @@ class InsertKVCache(Pass):
                 continue
             if not paged and node.kwargs.get("positions") is None:
                 findings.append(Finding(node.name, "attends without positions"))
-            for operand in node.args[1:3]:
-                source = operand
-                if getattr(source, "target", None) is torch.ops.aten._to_copy.default:
-                    source = source.args[0]  # type: ignore[union-attr]
-                if not is_irc_op(getattr(source, "target", None), write):
-                    findings.append(Finding(node.name, f"attends over {operand}, which is no cache"))
+            for given in (input_node(node, index) for index in (1, 2)):
+                origin = given
+                if origin.target is torch.ops.aten._to_copy.default:
+                    origin = input_node(origin)
+                if not is_irc_op(origin.target, write):
+                    findings.append(Finding(node.name, f"attends over {given}, which is no cache"))
         placeholders, outputs = program.placeholders, program.outputs
         for output, source in program.aliases.items():
             written = outputs[output].args[0] if isinstance(outputs[output], torch.fx.Node) else None

@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import list_argument
 from irc.core.program import VAL
 from irc.passes.canonicalize._attention_layout import Layouts
 from irc.passes.canonicalize._attention_masks import Term
@@ -132,7 +133,7 @@ def _continues(user: fx.Node, node: fx.Node) -> bool:
         return _drops_last_column(user, node)
     if target in (aten.matmul.default, aten.bmm.default):
         return user.args[0] is node
-    return target is aten.einsum.default and node in user.args[1]  # type: ignore[operator]
+    return target is aten.einsum.default and node in list_argument(user, 1)
 
 
 def _keeps_plane(user: fx.Node, node: fx.Node) -> bool:

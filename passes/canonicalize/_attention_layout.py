@@ -9,7 +9,7 @@ same numbers in the same places.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from irc.core.dims import Size
 from irc.core.errors import IrcError
+from irc.core.operands import apply_op
 from irc.core.ops.attention import repeat_heads
 from irc.core.program import VAL, Program
 from irc.core.row_evaluation import RowEvaluator
@@ -165,8 +166,10 @@ class Layouts:
             source = operand if depth == 0 else path[depth - 1].source
             if depth:
                 factor *= path[depth - 1].factor or 1.0
-            for preference, layout in enumerate(_LAYOUTS.get(source.meta[VAL].ndim, ())):
-                if not self._proves(path[:depth], source, layout, operand, order, num_heads):
+            layouts = _LAYOUTS.get(source.meta[VAL].ndim, ())
+            runs = self._runs(path[:depth], source, operand) if layouts else None
+            for preference, layout in enumerate(layouts if runs is not None else ()):
+                if not all(_proves(numbers, moved, layout, order, num_heads) for numbers, moved in runs or ()):
                     continue
                 found = Heads(source, layout, factor)
                 if stored_heads is not None and found.num_heads != stored_heads:
@@ -184,9 +187,10 @@ class Layouts:
             source = operand if depth == 0 else path[depth - 1].source
             if any(step.factor is not None for step in path[:depth]):
                 return None
-            if source.meta[VAL].ndim == source_ndim and all(
-                self._same(path[:depth], source, operand, sizes, equal) for sizes in self._sizes
-            ):
+            if source.meta[VAL].ndim != source_ndim:
+                continue
+            runs = self._runs(path[:depth], source, operand)
+            if runs is not None and all(equal(numbers, moved) for numbers, moved in runs):
                 return source
         return None
 
@@ -233,37 +237,39 @@ class Layouts:
             count *= size
         return count
 
-    def _proves(
-        self, path: list[Step], source: fx.Node, layout: str, operand: fx.Node, order: Sequence[int] | None,
-        num_heads: int | None,
-    ) -> bool:  # fmt: skip
-        def equal(x: Tensor, moved: Tensor) -> bool:
-            heads = _as_heads(x, layout)
-            moved = moved if order is None else moved.permute(tuple(order))
-            if heads.shape[2:] != moved.shape[-2:]:
-                return False
-            wanted = _heads_of(moved.shape, heads.shape, num_heads)
-            if wanted is None or wanted % heads.shape[1]:
-                return False
-            return torch.equal(repeat_heads(heads, wanted).reshape(moved.shape), moved)
+    def _runs(self, path: list[Step], source: fx.Node, operand: fx.Node) -> list[tuple[Tensor, Tensor]] | None:
+        """(numbered elements of the source, where the path moves them) at each of the sizes.
 
-        return all(self._same(path, source, operand, sizes, equal) for sizes in self._sizes)
+        None if that is no proof: the program cannot have these sizes, or the result has another shape.
+        """
+        found = []
+        for sizes in self._sizes:
+            evaluator = RowEvaluator(self._program, sizes)
+            shape = evaluator.shape(source)
+            numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+            moved = numbers
+            try:
+                for step in reversed(path):
+                    if step.factor is None:
+                        moved = _move(step.node, moved, evaluator)
+            except RuntimeError:
+                return None
+            if tuple(moved.shape) != evaluator.shape(operand):
+                return None
+            found.append((numbers, moved))
+        return found
 
-    def _same(
-        self, path: list[Step], source: fx.Node, operand: fx.Node, sizes: Mapping[str, int], equal: Equal
-    ) -> bool:
-        """Whether the path moves numbered elements to where `equal` wants them."""
-        evaluator = RowEvaluator(self._program, sizes)
-        shape = evaluator.shape(source)
-        numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
-        moved = numbers
-        try:
-            for step in reversed(path):
-                if step.factor is None:
-                    moved = _move(step.node, moved, evaluator)
-        except RuntimeError:
-            return False  # The program cannot have these sizes, so they prove nothing.
-        return tuple(moved.shape) == evaluator.shape(operand) and equal(numbers, moved)
+
+def _proves(x: Tensor, moved: Tensor, layout: str, order: Sequence[int] | None, num_heads: int | None) -> bool:
+    """Whether the elements of x [the axes of `layout`], heads repeated, lie where `moved` has them."""
+    heads = _as_heads(x, layout)
+    moved = moved if order is None else moved.permute(tuple(order))
+    if heads.shape[2:] != moved.shape[-2:]:
+        return False
+    wanted = _heads_of(moved.shape, heads.shape, num_heads)
+    if wanted is None or wanted % heads.shape[1]:
+        return False
+    return torch.equal(repeat_heads(heads, wanted).reshape(moved.shape), moved)
 
 
 def _heads_of(shape: torch.Size, heads_shape: torch.Size, num_heads: int | None) -> int | None:
@@ -285,4 +291,4 @@ def _move(node: fx.Node, value: Tensor, evaluator: RowEvaluator) -> Tensor:
     if node.target is aten.view.default:
         # Strides of the numbers need not be those of the real tensor.
         return value.reshape(rest[0])
-    return node.target(value, *rest, **kwargs)  # type: ignore[operator]
+    return apply_op(node, value, *rest, **kwargs)

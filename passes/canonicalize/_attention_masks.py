@@ -17,6 +17,7 @@ import torch.fx as fx
 from irc.core.dims import Size
 from irc.core.errors import IrcError
 from irc.core.masks import CAUSAL, FULL, MASKED_BELOW, MaskKind, NotAMaskKind, recognise
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.core.row_evaluation import RowEvaluator
 from irc.passes.canonicalize._attention_layout import Layouts
@@ -160,16 +161,16 @@ class MaskPlanner:
             yield from self._float_parts(replace(term, node=node))
         elif node.target in _NOT:
             flipped = "drop" if term.form == "keep" else "keep"
-            yield from self._parts(replace(term, node=_argument(node, 0), form=flipped))
+            yield from self._parts(replace(term, node=input_node(node, 0), form=flipped))
         elif (term.form == "keep" and node.target in _AND and _is_bool(node)) or (
             term.form == "drop" and node.target in _OR and _is_bool(node)
         ):
-            for operand in node.args[:2]:
-                if not isinstance(operand, fx.Node) or not _is_bool(operand):
-                    yield term
-                    return
-            for operand in node.args[:2]:
-                yield from self._parts(replace(term, node=operand))  # type: ignore[arg-type]
+            operands = [operand for operand in node.args[:2] if isinstance(operand, fx.Node) and _is_bool(operand)]
+            if len(operands) < 2:
+                yield term
+                return
+            for operand in operands:
+                yield from self._parts(replace(term, node=operand))
         else:
             yield replace(term, node=node)
 
@@ -194,13 +195,13 @@ class MaskPlanner:
     def _selection(self, node: fx.Node) -> tuple[fx.Node, str, float, fx.Node | None] | None:
         """where(keep, x, fill) and its like: condition, form, fill, and x unless it is 0."""
         if node.target in _WHERE:
-            condition = _argument(node, 0)
+            condition = input_node(node, 0)
             sides: tuple[tuple[Any, Any, str], ...] = (
                 (node.args[1], node.args[2], "keep"),
                 (node.args[2], node.args[1], "drop"),
             )
         elif node.target in _MASKED_FILL:
-            condition, sides = _argument(node, 1), ((node.args[0], node.args[2], "drop"),)
+            condition, sides = input_node(node, 1), ((node.args[0], node.args[2], "drop"),)
         else:
             return None
         for rest, fill_argument, form in sides:
@@ -265,13 +266,6 @@ def build_bias(program: Program, terms: Sequence[Term], as_scores: Any, before: 
     if keep is None or total is None:
         return keep if total is None else total
     return program.insert(aten.where.ScalarOther, keep, total, -torch.inf, before=before)
-
-
-def _argument(node: fx.Node, index: int) -> fx.Node:
-    value = node.args[index]
-    if not isinstance(value, fx.Node):
-        raise IrcError(f"argument {index} of {node.name} is {value!r}, not a tensor")
-    return value
 
 
 def _is_bool(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.contract import Pass, PassContext, PassResult, Skip, register_pass
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 
 aten = torch.ops.aten
@@ -106,7 +107,7 @@ def _is_active(node: fx.Node) -> bool:
 
 
 def _same_type(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get(VAL), node.meta.get(VAL)  # type: ignore[union-attr]
+    before, after = input_node(node).meta.get(VAL), node.meta.get(VAL)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return bool(

@@ -68,13 +68,14 @@ def _fold_sizes(program: Program, ctx: PassContext) -> int:
         value = node.meta.get(VAL)
         if node.op == "call_function" and is_size(node) and isinstance(value, (int, float)) and ctx.allow(node):
             for user in list(node.users):
-                user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs),
-                    lambda n, node=node, value=value: value if n is node else n,  # type: ignore[misc]
-                )
+                user.args, user.kwargs = _with_literal(user, node, value)
             program.graph.erase_node(node)
             matches += 1
     return matches
+
+
+def _with_literal(user: fx.Node, size: fx.Node, value: float) -> Any:
+    return fx.map_arg((user.args, user.kwargs), lambda used: value if used is size else used)
 
 
 def _constant_nodes(program: Program) -> dict[fx.Node, None]:

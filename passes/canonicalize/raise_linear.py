@@ -14,6 +14,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from irc.core.contract import Pass, PassContext, PassResult, Skip, register_pass
+from irc.core.operands import int_argument, list_argument
 from irc.core.program import VAL, Program
 
 aten = torch.ops.aten
@@ -102,9 +103,9 @@ def _stored(matrix: fx.Node) -> tuple[fx.Node | None, bool]:
 def _swaps(turn: fx.Node) -> bool:
     """True if a two-dimensional turn really exchanges rows and columns."""
     if turn.target is aten.transpose.int:
-        return {int(d) % 2 for d in turn.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+        return {int_argument(turn, n) % 2 for n in (1, 2)} == {0, 1}
     if turn.target is aten.permute.default:
-        return [int(d) % 2 for d in turn.args[1]] == [1, 0]  # type: ignore[arg-type, union-attr]
+        return [int(d) % 2 for d in list_argument(turn, 1)] == [1, 0]
     return True
 
 

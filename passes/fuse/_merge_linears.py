@@ -13,6 +13,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Finding, PassResult
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.core.provenance import origin_of
@@ -107,7 +108,7 @@ def _join(program: Program, nodes: Sequence[fx.Node], before: fx.Node) -> fx.Nod
 
 def _columns(nodes: Sequence[fx.Node]) -> list[tuple[object, list[fx.Node]]]:
     """(first, all) for each argument position of alike nodes."""
-    return [(column[0], list(column)) for column in zip(*(node.args for node in nodes), strict=True)]  # type: ignore[arg-type]
+    return [(column[0], list(column)) for column in zip(*(node.args for node in nodes), strict=True)]
 
 
 def _join_biases(
@@ -145,11 +146,11 @@ def check_merged(before: Program, result: PassResult) -> list[Finding]:
         if old is None or not is_linear(old):
             findings.append(Finding(node.name, "stands for no linear layer of the program before"))
             continue
-        sizes = split.args[1]  # type: ignore[union-attr]
-        start = sum(sizes[:index])  # type: ignore[arg-type, index]
-        merged = split.args[0]  # type: ignore[union-attr]
+        sizes = split.args[1]
+        start = sum(sizes[:index])
+        merged = split.args[0]
         for role in ("weight", "bias"):
-            problem = _compare_rows(before, old, after, merged, role, start, sizes[index])  # type: ignore[index, arg-type]
+            problem = _compare_rows(before, old, after, merged, role, start, sizes[index])
             if problem is not None:
                 findings.append(Finding(node.name, problem))
     return findings
@@ -175,4 +176,8 @@ def _stored_parts(new: fx.Node, old: fx.Node | None) -> list[tuple[fx.Node, fx.N
     if new.op == "get_attr":
         return [(new, old)]
     assert old is not None
-    return [(n, o) for n, o in zip(new.args, old.args, strict=True) if n is not None]  # type: ignore[misc]
+    return [
+        (input_node(new, place), None if old.args[place] is None else input_node(old, place))
+        for place, part in enumerate(new.args)
+        if part is not None
+    ]

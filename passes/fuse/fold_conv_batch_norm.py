@@ -18,6 +18,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Skip, register_pass
+from irc.core.operands import apply_op, input_node
 from irc.core.program import VAL, Program
 from irc.core.provenance import origin_of
 from irc.passes._weights import tie_of, trainable_like, weight_uses
@@ -94,7 +95,7 @@ class FoldConvBatchNorm(Pass):
 def _compare_alone(before: Program, norm: fx.Node, after: Program, folded: fx.Node) -> str | None:
     """How a folded layer differs from the pair it replaced, on random input of the smallest size; None if not."""
     if norm.target is operator.getitem:
-        norm = norm.args[0]  # type: ignore[assignment]
+        norm = input_node(norm)
     layer = arguments(norm)["input"]
     weight = before.weight(arguments(layer)["weight"])
     if weight.device.type == "meta":
@@ -126,7 +127,7 @@ def _run_alone(program: Program, node: fx.Node, x: Tensor) -> Tensor:
     args = arguments(node)
     values = {k: program.weight(v) if isinstance(v, fx.Node) and k != "input" else v for k, v in args.items()}
     with torch.no_grad():
-        out = node.target(*(values | {"input": x}).values())  # type: ignore[operator]
+        out = apply_op(node, *(values | {"input": x}).values())
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -75,7 +75,7 @@ class FuseActivation(Pass):
             if old is None:
                 findings.append(Finding(node.name, "stands for no activation of the program before"))
                 continue
-            wanted = (activation_name(old)[0], arguments(old.args[0])["weight"].name)  # type: ignore[arg-type]
+            wanted = (activation_name(old)[0], arguments(old.args[0])["weight"].name)
             found = (node.kwargs["activation"], arguments(node)["weight"].name)
             if wanted != found:
                 findings.append(Finding(node.name, f"has activation and weight {found}, not {wanted}"))

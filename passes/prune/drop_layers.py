@@ -45,7 +45,7 @@ class DropLayers(Pass):
         return sorted({int(part) for part in self.layers.split(";") if part.strip()})
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         return Preserves("lossy", rtol=float("inf"), max_kl=float("inf"))
 
     def requires(self, program: Program) -> list[str]:

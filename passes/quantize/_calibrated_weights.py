@@ -80,7 +80,7 @@ class CalibratedWeights(Pass):
         raise TypeError(f"{type(self).__name__} has no row_quantizer method")
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         return lossy_promise(self.format, *(rule.format for rule in parse_rules(self.rules)))
 
     @property

@@ -35,7 +35,7 @@ def scale_channels(program: Program, ctx: PassContext, pass_name: str, choose: C
         next(progress)
         group = by_consumer[node]
         statistics = input_statistics(node, values(group.value), pass_name)
-        weights = [program.weight(user.args[1]).detach().float() for user in group.consumers]  # type: ignore[arg-type]
+        weights = [program.weight(user.args[1]).detach().float() for user in group.consumers]
         factors[group.value] = group.spread(group.fold(choose(group, statistics, weights)))
 
     Lockstep(program, batches).run(visit, by_consumer)

@@ -22,6 +22,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.contract import Move, Skip
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.passes._weights import trainable_like
@@ -261,7 +262,7 @@ def _between(value: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
     while node is not source:
         if node is not value:
             yield node
-        node = node.args[2] if is_irc_op(node.target) else node.args[0]  # type: ignore[assignment]
+        node = input_node(node, 2 if is_irc_op(node.target) else 0)
 
 
 def _rescale(program: Program, node: fx.Node, name: str, factors: Tensor, *, dim: int) -> None:

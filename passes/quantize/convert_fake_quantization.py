@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from irc.core import formats
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, register_pass
+from irc.core.operands import apply_op, input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 
@@ -35,10 +36,10 @@ class ConvertFakeQuantization(Pass):
     def requires(self, program: Program) -> list[str]:
         problems = []
         for node in _fakes(program):
-            scale = program.weight(node.args[1])  # type: ignore[arg-type]
+            scale = program.weight(input_node(node, 1))
             if scale.device.type != "meta" and not bool((scale.isfinite() & (scale > 0)).all()):
                 problems.append(
-                    f"{node.name}: scale {node.args[1].target} = {float(scale.detach().min()):.3g} is no step;"  # type: ignore[union-attr]
+                    f"{node.name}: scale {input_node(node, 1).target} = {float(scale.detach().min()):.3g} is no step;"
                     " train scales with a smaller learning rate"
                 )
         return problems
@@ -120,7 +121,7 @@ def _value(program: Program, node: fx.Node) -> torch.Tensor:
     def of(used: fx.Node) -> torch.Tensor:
         if used.op == "get_attr":
             return program.weight(used).detach()
-        return program.weight(used.args[0]).detach().reshape(tuple(used.meta[VAL].shape))  # type: ignore[arg-type]
+        return program.weight(input_node(used)).detach().reshape(tuple(used.meta[VAL].shape))
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), of)
-    return node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+    return apply_op(node, *args, **kwargs)

@@ -84,7 +84,7 @@ class InsertFakeQuantization(Pass):
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         rtol, max_kl = _LIMITS[min(self.bits, self.activation_bits or 8)]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 
@@ -105,7 +105,7 @@ class InsertFakeQuantization(Pass):
         for node in result.program.graph.nodes:
             if node.name in known or not is_irc_op(node.target, "fake_quantize"):
                 continue
-            scale = result.program.weight(node.args[1])  # type: ignore[arg-type]
+            scale = result.program.weight(node.args[1])
             if not bool((scale.isfinite() & (scale > 0)).all()) or "uncalibrated" in str(node.args[1].target):
                 findings.append(Finding(node.name, "has a scale that is no step"))
             if scale.requires_grad != self.learned or node.kwargs.get("learned", False) != self.learned:

@@ -52,7 +52,7 @@ class QuantizeKVCache(Pass):
             raise OptionError(f"{self.name}: no cache format is called {self.format!r}{nearest(self.format, CODECS)}")
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         rtol, max_kl = _LIMITS[self.format]
         return Preserves("lossy", rtol=rtol, max_kl=max_kl)
 

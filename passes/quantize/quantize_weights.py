@@ -19,7 +19,15 @@ from torch import Tensor
 from irc.core import formats
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.errors import OptionError, ParseError
-from irc.core.formats import Float4Format, Float8Format, Format, Parts, QuantFormat
+from irc.core.formats import (
+    Float4Format,
+    Float8Format,
+    Format,
+    MxFloat4Format,
+    NvFloat4Format,
+    Parts,
+    QuantFormat,
+)
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
@@ -107,7 +115,7 @@ class QuantizeWeights(Pass):
         return problems
 
     @property
-    def preserves(self) -> Preserves:  # type: ignore[override]
+    def preserves(self) -> Preserves:
         """Lossy, by bits: one range for a row instead of a small group loses about one bit more."""
         return lossy_promise(self._format, *(rule.format for rule in parse_rules(self.rules)))
 
@@ -198,9 +206,10 @@ class QuantizeWeights(Pass):
 
 def _in_rows(chosen: Format) -> Format | None:
     """The same numbers with one scale a row, if there is such a format."""
-    if type(chosen) in (QuantFormat, Float8Format, Float4Format) and not chosen.per_tensor:
-        return replace(chosen, group_size=None)  # type: ignore[type-var]
-    return None
+    blocks = isinstance(chosen, (MxFloat4Format, NvFloat4Format))
+    if blocks or not isinstance(chosen, (QuantFormat, Float8Format, Float4Format)) or chosen.per_tensor:
+        return None
+    return replace(chosen, group_size=None)
 
 
 def _why_unfit(weight: Tensor) -> str | None:
@@ -249,8 +258,7 @@ def _check(
     if str(chosen) not in expected.get(old, ()):
         return f"has format {chosen}, not {' or '.join(expected.get(old, ('none',)))}"
     stored, scale, zero_point, tensor_scale = (
-        after.weight(part) if isinstance(part, fx.Node) else None
-        for part in (*node.args, None)[:4]  # type: ignore[arg-type]
+        after.weight(part) if isinstance(part, fx.Node) else None for part in (*node.args, None)[:4]
     )
     assert stored is not None
     if original.device.type == "meta":

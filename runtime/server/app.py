@@ -137,7 +137,7 @@ async def _events(
     service: Service, made: Sequence[EngineRequest], answer: Answer, *, usage: bool
 ) -> AsyncIterator[str]:
     try:
-        async with contextlib.aclosing(service.pieces(made)) as pieces:  # type: ignore[type-var]
+        async with contextlib.aclosing(service.pieces(made)) as pieces:
             async for piece in pieces:
                 if piece.output.text or piece.output.token_ids or piece.finish_reason:
                     yield event(answer.part(piece))

@@ -181,7 +181,7 @@ class Service:
             except Exception as error:
                 await queue.put(error)
             finally:
-                await stream.aclose()  # type: ignore[attr-defined]
+                await stream.aclose()
 
         tasks = [asyncio.create_task(read(n, request)) for n, request in enumerate(requests)]
         left = len(tasks)

@@ -16,26 +16,11 @@ from torch import Tensor
 from irc.runtime.sampling import draw
 
 
-def accept(
-    draft: Sequence[int], target: Tensor, proposal: Tensor | None, accepts: np.ndarray, draws: np.ndarray
-) -> list[int]:
-    """The draft tokens that stand and one more: between 1 and k + 1 tokens.
-
-    Args:
-        draft: k tokens, each drawn from its row of `proposal`.
-        target: [k + 1, V] probabilities of the model at each position.
-        proposal: [k, V]; None: the draft was not drawn but is what the proposer always says there (q is one at it).
-        accepts: [k] uniform numbers that decide on acceptance.
-        draws: [k + 1] uniform numbers; the one of the first position that is not a draft token is used.
-    """
-    return follow([draft], [target], [proposal], [accepts], draws)[0]
-
-
 def follow(
     drafts: Sequence[Sequence[int]], targets: Sequence[Tensor], proposals: Sequence[Tensor | None],
     accepts: Sequence[np.ndarray], draws: np.ndarray,
 ) -> tuple[list[int], int]:  # fmt: skip
-    """The same for a tree, given as its paths: the tokens, and the path that they follow.
+    """The guessed tokens that stand and one more, for a tree of guesses given as its paths; and the path they follow.
 
     At a node its guesses are tried in turn, each against what the ones before it left of the model's distribution:
 
@@ -44,7 +29,12 @@ def follow(
     so a guess must be drawn without those that were drawn before it at the node (`Proposal.branches`).
 
     Args:
+        drafts: for each path k tokens, each drawn from its row of the path's proposal.
+        targets: for each path [k + 1, V]: probabilities of the model at each position.
+        proposals: for each path [k, V]; None: the draft was not drawn but is what the proposer always says there
+            (q is one at it).
         accepts: for each turn at a node, uniform numbers by position.
+        draws: uniform numbers by position; the one of the first position that is not a guess is used.
 
     Source: Jeon et al. 2024, "Recursive Speculative Decoding", https://arxiv.org/abs/2402.14160, algorithm 1.
     """

@@ -60,7 +60,7 @@ def weight(*shape: int) -> np.ndarray:
 def test_a_quantized_step_comes_back_whole() -> None:
     program = steps.step(QUANTIZED)
     artifact = get_target("onnx").lower(program)
-    read = irc.from_onnx(artifact.path)  # type: ignore[attr-defined]
+    read = irc.from_onnx(artifact.path)
     assert read.input_names == program.input_names
     assert list(read.dims) == ["B", "S", "R"]
     assert (read.aliases, read.metadata["kv_cache"]) == (program.aliases, program.metadata["kv_cache"])

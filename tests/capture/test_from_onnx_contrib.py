@@ -29,10 +29,10 @@ def ops(program: Program) -> Counter[str]:
 def test_the_ort_flavour_comes_back() -> None:
     program = steps.step(QUANTIZED)
     artifact = get_target("onnx").lower(program, {"flavour": "ort"})
-    kinds = Counter(node.op_type for node in onnx.load(artifact.path).graph.node)  # type: ignore[attr-defined]
+    kinds = Counter(node.op_type for node in onnx.load(artifact.path).graph.node)
     assert kinds["GroupQueryAttention"] == 1
     assert kinds["MatMulNBits"] == 8
-    read = irc.from_onnx(artifact.path)  # type: ignore[attr-defined]
+    read = irc.from_onnx(artifact.path)
     assert read.input_names == program.input_names
     assert read.metadata["kv_cache"] == program.metadata["kv_cache"]
     found = ops(read)
@@ -59,7 +59,7 @@ def test_a_genai_folder_comes_back(tmp_path: Path) -> None:
             assert torch.allclose(ours, torch.from_numpy(theirs), atol=2e-5)
 
 
-def one_node(op: str, inputs: dict[str, np.ndarray], outputs: int, weights: dict[str, np.ndarray], **attributes: Any):  # type: ignore[no-untyped-def]
+def one_node(op: str, inputs: dict[str, np.ndarray], outputs: int, weights: dict[str, np.ndarray], **attributes: Any):
     """A model of one operator over inputs and then weights, all sizes as given."""
     node = helper.make_node(
         op, [*inputs, *weights], [f"y{i}" for i in range(outputs)], domain="com.microsoft", **attributes

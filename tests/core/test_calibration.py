@@ -33,7 +33,7 @@ class Rows:
 
     column_names = ("text", "pixels")
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self):
         for i in range(6):
             yield {"text": "abcdefgh", "pixels": [float(i), 1.0]}
 
@@ -100,7 +100,7 @@ def test_a_pickled_array_is_refused(tmp_path: Path) -> None:
         (lambda path: CalibrationData.of(7), "cannot be made from a int"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_said(make, message: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_used_is_said(make, message: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=message):
         make(tmp_path)
 
@@ -151,7 +151,7 @@ def test_every_batch_reaches_a_layer_before_it_runs(program: Program) -> None:
     batches = [(torch.randn(3, 4),), (torch.randn(2, 4),)]
     seen: dict[str, list[Tensor]] = {}
 
-    def visit(node: fx.Node, values) -> None:  # type: ignore[no-untyped-def]
+    def visit(node: fx.Node, values) -> None:
         seen[node.name] = list(values(node.args[0]))
 
     Lockstep(program, batches).run(visit, linears(program))
@@ -170,10 +170,10 @@ def test_a_replaced_weight_shows_in_later_layers_only(program: Program) -> None:
     seen: list[Tensor] = []
     run = Lockstep(program, batches)
 
-    def visit(node: fx.Node, values) -> None:  # type: ignore[no-untyped-def]
+    def visit(node: fx.Node, values) -> None:
         seen.append(values(node.args[0])[0])
         if node is second:
-            run.replace(node.args[1], torch.zeros(4, 6))  # type: ignore[arg-type]
+            run.replace(node.args[1], torch.zeros(4, 6))
 
     run.run(visit, [second, head])
     torch.testing.assert_close(seen[1], program.weight("second.bias") + batches[0][0])
@@ -184,7 +184,7 @@ def test_values_are_freed_and_what_is_not_needed_never_runs(program: Program) ->
     run = Lockstep(program, [(torch.randn(3, 4),)])
     alive: list[int] = []
 
-    def visit(node: fx.Node, values) -> None:  # type: ignore[no-untyped-def]
+    def visit(node: fx.Node, values) -> None:
         alive.append(sum(n.op == "call_function" for n in run._values))
 
     run.run(visit, [first, second, head])

@@ -289,7 +289,7 @@ def exact(parts: Parts, chosen: Format) -> Tensor:
     assert parts.scale is not None
     wide = parts.scale.view(torch.float8_e8m0fnu) if str(chosen) == "mxfp4" else parts.scale
     scale = wide.double() * (1 if parts.tensor_scale is None else parts.tensor_scale.double())
-    values = parts.stored.double() if "f8" in str(chosen) else chosen.unpack(parts.stored).double()  # type: ignore[attr-defined]
+    values = parts.stored.double() if "f8" in str(chosen) else chosen.unpack(parts.stored).double()
     if parts.zero_point is not None:
         values = values.unflatten(-1, (scale.shape[-1], -1)) - parts.zero_point.double().unsqueeze(-1)
     return (values.reshape(*values.shape[: parts.stored.ndim - 1], scale.shape[-1], -1) * scale.unsqueeze(-1)).flatten(

@@ -51,7 +51,7 @@ def test_held_out_files() -> None:
     assert held_out.num_samples > 20
     assert training.num_samples == 3
     assert "training files (3 × 4096 tokens)" in training.description
-    assert torch.equal(held_out_windows(Letters(), length=4096, count=10**9), held_out.inputs[0])  # type: ignore[arg-type]
+    assert torch.equal(held_out_windows(Letters(), length=4096, count=10**9), held_out.inputs[0])
 
 
 def test_digits() -> None:

@@ -192,7 +192,7 @@ def test_a_broken_model_is_seen() -> None:
 )  # fmt: skip
 def test_bad_input(data: object, options: dict[str, object], words: list[str]) -> None:
     with pytest.raises(OptionError) as caught:
-        evaluate(steps.decoder(), data, **options)  # type: ignore[arg-type]
+        evaluate(steps.decoder(), data, **options)
     for word in words:
         assert word in str(caught.value)
 

@@ -119,7 +119,7 @@ def test_progress_and_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="give a tokenizer"):
         LanguageModelAdapter(steps.decoder())
     with pytest.raises(OptionError, match="not a TinyPy"):
-        LanguageModelAdapter(steps.language_model(), Letters())  # type: ignore[arg-type]
+        LanguageModelAdapter(steps.language_model(), Letters())
     monkeypatch.setattr(Letters, "eos_token_id", None)
     with pytest.raises(OptionError, match="prefix"):
         adapter()

@@ -28,7 +28,7 @@ def data(batches: int = 2, batch_size: int = 2) -> CalibrationData:
 
 
 def rounded(weight: Tensor, text: str) -> Tensor:
-    chosen = irc.core.formats.parse(text)  # type: ignore[attr-defined]
+    chosen = irc.core.formats.parse(text)
     return chosen.dequantize(*round_to_nearest(weight, chosen, torch.float32), torch.float32)
 
 
@@ -126,7 +126,7 @@ def test_channels_of_a_convolution_are_its_second_axis() -> None:
 
 @pytest.mark.parametrize("metric", ["sqnr", "kl", "second-order"])
 def test_fewer_bits_do_more_damage(metric: str) -> None:
-    found = sensitivity(steps.decoder(), data(), bits=(2, 4, 8), group_size=16, metric=metric)  # type: ignore[arg-type]
+    found = sensitivity(steps.decoder(), data(), bits=(2, 4, 8), group_size=16, metric=metric)
     for one in found.layers:
         values = [one.damage[text] for text in ("int2.g16", "int4.g16", "int8.g16")]
         assert values[0] > values[1] > values[2] >= 0
@@ -149,12 +149,12 @@ def test_tied_embeddings_and_convolutions() -> None:
     with pytest.raises(PassError, match="no layer to measure"):
         sensitivity(program, batches, group_size=16)
     for metric in ("sqnr", "kl", "second-order"):
-        found = sensitivity(program, batches, bits=(3, 8), group_size=16, metric=metric, include_embeddings=True)  # type: ignore[arg-type]
+        found = sensitivity(program, batches, bits=(3, 8), group_size=16, metric=metric, include_embeddings=True)
         assert [one.name for one in found.layers] == ["embed.weight"]
         assert found.layers[0].damage["int3.g16"] > found.layers[0].damage["int8.g16"] > 0
     images = CalibrationData.from_tensors(torch.randn(4, 3, 8, 8), batch_size=4)
     for metric in ("sqnr", "kl", "second-order"):
-        found = sensitivity(steps.cnn(), images, bits=(3,), metric=metric, include_convolutions=True)  # type: ignore[arg-type]
+        found = sensitivity(steps.cnn(), images, bits=(3,), metric=metric, include_convolutions=True)
         assert {text for one in found.layers for text in one.damage} == {"int3.row", "int3.g32"}
         assert len(found.layers) == 2
     assert any("convolution" in reason for reason in sensitivity(steps.cnn(), images, bits=(3,)).skips)
@@ -165,14 +165,14 @@ def test_resumes_where_it_was_killed(tmp_path: Path) -> None:
     for metric in ("sqnr", "kl", "second-order"):
         path.unlink(missing_ok=True)
         options = {"bits": (3, 8), "group_size": 16, "metric": metric}
-        whole = sensitivity(steps.decoder(), data(3), **options)  # type: ignore[arg-type]
+        whole = sensitivity(steps.decoder(), data(3), **options)
 
         def kill(what: str, done: int, total: int) -> None:
             if "batch 2" in what and done == total // 2:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            sensitivity(steps.decoder(), data(3), **options, resume=path, progress=kill)  # type: ignore[arg-type]
+            sensitivity(steps.decoder(), data(3), **options, resume=path, progress=kill)
         kept = json.loads(path.read_text())
         assert kept["result"] is None
         seen = {entry["batches"] for entry in kept["layers"].values()}
@@ -182,7 +182,7 @@ def test_resumes_where_it_was_killed(tmp_path: Path) -> None:
         told: list[str] = []
         resumed = sensitivity(
             steps.decoder(), data(3), **options, resume=path, progress=lambda what, *_, told=told: told.append(what)
-        )  # type: ignore[arg-type]
+        )
         assert not any("batch 1" in what for what in told if metric != "sqnr")
         assert resumed == whole
         assert Sensitivity.load(path) == whole
@@ -195,7 +195,7 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     before = path.read_bytes()
     for change in ({"bits": (4,)}, {"metric": "kl"}):
         with pytest.raises(OptionError, match="results of another program, data, metric or formats"):
-            sensitivity(steps.decoder(), data(), **{"bits": (8,), "group_size": 16, "resume": path} | change)  # type: ignore[arg-type]
+            sensitivity(steps.decoder(), data(), **{"bits": (8,), "group_size": 16, "resume": path} | change)
     with pytest.raises(OptionError, match="another program"):
         sensitivity(steps.decoder(), data(3), bits=(8,), group_size=16, resume=path)
     assert path.read_bytes() == before
@@ -222,7 +222,7 @@ def test_table_is_sorted(tmp_path: Path) -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(OptionError) as caught:
-        sensitivity(steps.decoder(), data(), formats=["int4.tensor", "int4", "uint4.g16"], metric="sqrn")  # type: ignore[arg-type]
+        sensitivity(steps.decoder(), data(), formats=["int4.tensor", "int4", "uint4.g16"], metric="sqrn")
     for word in ("not 'sqrn'", "int4.tensor", "'int4' is not a quantization format", "uint4.g16"):
         assert word in str(caught.value)
     with pytest.raises(OptionError, match="bits must be 2 to 8, not 9"):
@@ -230,7 +230,7 @@ def test_bad_input() -> None:
     with pytest.raises(OptionError, match="no formats"):
         sensitivity(steps.decoder(), data(), bits=())
     with pytest.raises(OptionError, match="not at a TinyPy"):
-        sensitivity(steps.language_model(), data())  # type: ignore[arg-type]
+        sensitivity(steps.language_model(), data())
     with pytest.raises(PassError, match="quantize before the KV cache"):
         sensitivity(steps.step(), data())
     bad = steps.decoder().copy(replace_weights={UP: torch.full_like(steps.decoder().weight(UP), torch.nan)})

@@ -262,7 +262,7 @@ def test_paged(kernels: ctypes.CDLL, name: str) -> None:
     ],
 )
 def test_refuses(change: dict[str, object], reason: str) -> None:
-    problem = replace(PROBLEMS["causal"], **change)  # type: ignore[arg-type]
+    problem = replace(PROBLEMS["causal"], **change)
     found = template.refuses(problem, "avx2")
     assert found is not None
     assert reason in found

@@ -34,7 +34,7 @@ void all(irc::Worker& worker, const float* x, const uint8_t* packed, int64_t row
 @needs_compiler
 @pytest.mark.skipif(EMULATED, reason="emulated: the whole suite compiles it")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump to look at the instructions")
-def test_the_unit_uses_vnni(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_unit_uses_vnni(tmp_path) -> None:
     assert COMPILER is not None
     source, made = tmp_path / "unit.cpp", tmp_path / "unit.o"
     source.write_text(_UNIT)

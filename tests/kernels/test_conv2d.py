@@ -113,9 +113,7 @@ def test_equals_the_reference(kernels: ctypes.CDLL, index: int) -> None:
 
 def test_minimal_filtering_where_it_pays() -> None:
     def pays(**options: Any) -> bool:
-        return template.winograd_pays(
-            ConvProblem(**{"channels": 64, "out_channels": 64, "kernel": (3, 3), **options})  # type: ignore[arg-type]
-        )
+        return template.winograd_pays(ConvProblem(**{"channels": 64, "out_channels": 64, "kernel": (3, 3), **options}))
 
     assert pays()
     for options in (

@@ -120,7 +120,7 @@ class Check:
     # ---------------------------------------------------------------- architectures
 
     def architectures(self, names: Sequence[str]) -> str:
-        programs = {name: self.program(name, lambda name=name: models.program(name)) for name in names}  # type: ignore[misc]
+        programs = {name: self.program(name, lambda name=name: models.program(name)) for name in names}
         jobs, found = {}, {}
         for name, program in programs.items():
             try:
@@ -270,7 +270,7 @@ def _windows(tokenizer: Any, count: int, split: str = "validation") -> list[list
     from irc.demo.corpus import read_documents
 
     ids: list[int] = []
-    for text in read_documents(split):  # type: ignore[arg-type]
+    for text in read_documents(split):
         ids += tokenizer.encode(text).ids
         if len(ids) >= 256 * count:
             break

@@ -55,9 +55,9 @@ def test_kernel_alone_under_the_sanitizers(batch: int, tmp_path: Path) -> None:
     values = {"x": x[:batch], "y": y[:batch]}
     paths = []
     for buffer in printed.arguments:
-        paths.append(tmp_path / f"{buffer.origin}.bin")  # type: ignore[union-attr]
-        if buffer.name in values:  # type: ignore[union-attr]
-            paths[-1].write_bytes(values[buffer.name].contiguous().numpy().tobytes())  # type: ignore[union-attr]
+        paths.append(tmp_path / f"{buffer.origin}.bin")
+        if buffer.name in values:
+            paths[-1].write_bytes(values[buffer.name].contiguous().numpy().tobytes())
     subprocess.run([str(made), str(batch), *map(str, paths)], check=True)
     for node, expected in zip(program.outputs, program.run(*values.values()), strict=True):
         found = torch.frombuffer(bytearray((tmp_path / f"{node.name}.bin").read_bytes()), dtype=torch.float32)

@@ -41,7 +41,7 @@ def test_same_numbers_at_other_sizes(name: str) -> None:
 
 
 def test_names_and_sizes_are_kept() -> None:
-    graph = onnx.load(lowered("quantized step").path).graph  # type: ignore[attr-defined]
+    graph = onnx.load(lowered("quantized step").path).graph
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.output)
@@ -55,7 +55,7 @@ def test_names_and_sizes_are_kept() -> None:
 
 
 def test_quantized_weights_keep_their_integers() -> None:
-    model = onnx.load(lowered("quantized step").path)  # type: ignore[attr-defined]
+    model = onnx.load(lowered("quantized step").path)
     assert Counter(n.op_type for n in model.graph.node)["DequantizeLinear"] == 8
     assert {o.domain: o.version for o in model.opset_import} == {"": newest_opset()}
     program, found = quantized_step(), {i.name: i for i in model.graph.initializer}
@@ -78,13 +78,13 @@ def test_formats_that_onnx_lacks_are_written_as_floats(text: str) -> None:
     assert check.passed, str(check)
 
 
-def test_metadata_and_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_metadata_and_file(tmp_path) -> None:
     written = lowered("quantized step").save(tmp_path / "step.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["step.onnx"]
     onnx.checker.check_model(str(written))
     loaded = ONNX.load(written)
     assert loaded.kv_cache == lowered("quantized step").kv_cache
-    assert loaded.metadata["aliases"] == {"1": 3, "2": 4}  # type: ignore[attr-defined]
+    assert loaded.metadata["aliases"] == {"1": 3, "2": 4}
 
 
 def test_wrong_requests() -> None:
@@ -98,10 +98,10 @@ def test_wrong_requests() -> None:
 
 def test_missing_provider_is_said_to_be_missing() -> None:
     with pytest.raises(TargetError, match=r"has no TensorrtExecutionProvider; it has .*CPU"):
-        ONNX.load(lowered("cnn").path, {"providers": ["TensorrtExecutionProvider"]})  # type: ignore[attr-defined]
+        ONNX.load(lowered("cnn").path, {"providers": ["TensorrtExecutionProvider"]})
 
 
-def test_an_export_that_dies_leaves_nothing(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_export_that_dies_leaves_nothing(tmp_path, monkeypatch) -> None:
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -111,7 +111,7 @@ def test_an_export_that_dies_leaves_nothing(tmp_path, monkeypatch) -> None:  # t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_large_weights_lie_beside_the_model(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_large_weights_lie_beside_the_model(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("irc.lowering.onnx.artifact._EXTERNAL_BYTES", 100)
     path = lowered("cnn").save(tmp_path / "cnn.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cnn.onnx", "cnn.onnx.data"]

@@ -189,7 +189,7 @@ def test_what_cannot_be_fused_has_a_reason() -> None:
 
 
 def test_the_report_counts_fused_operators() -> None:
-    coverage = ONNX.coverage(steps.step(QUANTIZED), OnnxOptions(flavour="ort"))  # type: ignore[attr-defined]
+    coverage = ONNX.coverage(steps.step(QUANTIZED), OnnxOptions(flavour="ort"))
     assert coverage.supported["MatMulNBits"] == 8
     assert coverage.supported["GroupQueryAttention"] == 1
     assert "irc.attention" not in coverage.supported

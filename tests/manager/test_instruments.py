@@ -114,7 +114,7 @@ def test_progress_ends_with_the_run(program: Program) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     progress = ProgressInstrument(console)
     PassManager([SquareToPow(), PowToSquare()], instruments=[progress]).run(program)
-    assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/2" in console.file.getvalue()
     with pytest.raises(NumericError):
         PassManager([SquareToPow(wrong=(0,))], instruments=[progress]).run(program)
     assert not progress._progress.live.is_started

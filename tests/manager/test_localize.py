@@ -41,7 +41,7 @@ def test_a_node_that_took_over_a_later_value_is_not_blamed(program: Program) -> 
     """`linear_0` computes what `relu_0` did: right; the wrong square behind it is named."""
 
     class TakeOverThenSpoil(TakeOver):
-        def run(self, program, ctx):  # type: ignore[no-untyped-def]
+        def run(self, program, ctx):
             result = TakeOver.run(self, program, ctx)
             node = squares(program)[1]
             program.replace(node, program.insert(aten.pow.Tensor_Scalar, node.args[0], 3, before=node))

@@ -135,7 +135,7 @@ def test_requires_reports_all_problems(program: Program) -> None:
 @pytest.mark.parametrize("verify", ["each", "off"])
 def test_false_claims_are_caught(program: Program, says: bool, does: str, message: str, verify: str) -> None:
     with pytest.raises(PassError) as caught:
-        PassManager([Liar(says=says, does=does)], verify=verify).run(program)  # type: ignore[arg-type]
+        PassManager([Liar(says=says, does=does)], verify=verify).run(program)
     assert message in str(caught.value)
     assert caught.value.pass_name == "liar"
 
@@ -144,7 +144,7 @@ def test_false_claims_are_caught(program: Program, says: bool, does: str, messag
     ("says", "does"), [(None, "operation"), (True, "weight"), (False, "nothing"), (None, "nothing")]
 )
 def test_true_claims_pass(program: Program, says: bool | None, does: str) -> None:
-    row = PassManager([Liar(says=says, does=does)]).run(program).report["liar"]  # type: ignore[arg-type]
+    row = PassManager([Liar(says=says, does=does)]).run(program).report["liar"]
     assert row.modified == (does != "nothing")
 
 
@@ -153,7 +153,7 @@ def test_true_claims_pass(program: Program, says: bool | None, does: str) -> Non
 )
 def test_a_write_in_place_is_caught(program: Program, how: str, what: str) -> None:
     with pytest.raises(PassError) as caught:
-        PassManager([SquareToPow(), WriteInPlace(how=how)]).run(program)  # type: ignore[arg-type]
+        PassManager([SquareToPow(), WriteInPlace(how=how)]).run(program)
     assert str(caught.value) == (
         f"pass 'write-in-place' wrote into {what} in place. Stages share weights, so the programs of all"
         " earlier stages have changed too.\n  The author of the pass must make a new tensor"
@@ -218,7 +218,7 @@ def test_a_dynamic_dimension_that_is_fixed_is_an_error(program: Program) -> None
             node = program.node("add_1")
             table = program.weight_node("table", torch.zeros(5, 8), before=node)
             added = program.insert(aten.add.Tensor, node.args[0], table, before=node)
-            node.replace_input_with(node.args[0], added)  # type: ignore[arg-type]
+            node.replace_input_with(node.args[0], added)
             return PassResult(program, matches=1)
 
     with pytest.raises(VerificationError) as caught:
@@ -338,7 +338,7 @@ def test_needs_something_to_compare_on(program: Program) -> None:
 
 def test_unknown_verify_is_refused() -> None:
     with pytest.raises(OptionError, match="verify must be each, end or off, not 'always'"):
-        PassManager([], verify="always")  # type: ignore[arg-type]
+        PassManager([], verify="always")
 
 
 def test_an_error_of_a_pass_that_is_an_irc_error_keeps_its_type(program: Program) -> None:

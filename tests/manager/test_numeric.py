@@ -135,7 +135,7 @@ def test_a_pass_that_is_right_at_one_size_only_is_caught() -> None:
     """The example has S = 5: a pass that bakes that in is right there, and wrong at any other size."""
 
     class BakesIn(SquareToPow):
-        def run(self, program, ctx):  # type: ignore[no-untyped-def]
+        def run(self, program, ctx):
             result = SquareToPow.run(self, program, ctx)
             node = program.node("logits")
             rows = program.weight_node("rows", torch.arange(5), before=node)

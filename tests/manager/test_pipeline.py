@@ -140,7 +140,7 @@ def test_all_offenders_at_once() -> None:
 )  # fmt: skip
 def test_refuses(source: object, message: str) -> None:
     with pytest.raises(OptionError) as caught:
-        parse_pipeline(source)  # type: ignore[arg-type]
+        parse_pipeline(source)
     assert message in str(caught.value)
 
 
@@ -171,7 +171,7 @@ def test_yaml_numbers_mean_what_text_means(tmp_path: Path) -> None:
 
 
 def test_a_value_without_text_form_is_named() -> None:
-    one = ManyOptions(label=object())  # type: ignore[arg-type]
+    one = ManyOptions(label=object())
     with pytest.raises(OptionError, match="option label of pass many-options: a object has no text form"):
         print_pipeline([one])
     with pytest.raises(OptionError, match="prints as text or yaml, not 'toml'"):
@@ -180,7 +180,7 @@ def test_a_value_without_text_form_is_named() -> None:
 
 def test_wide_unions_prefer_numbers() -> None:
     found = parse_pipeline('many-options{number=4},many-options{number=4.0},many-options{number="4"}')
-    assert [repr(one.number) for one in found] == ["4", "4.0", "'4'"]  # type: ignore[attr-defined]
+    assert [repr(one.number) for one in found] == ["4", "4.0", "'4'"]
 
 
 def test_needs_option_builds() -> None:

@@ -29,7 +29,7 @@ unchecked: a note"""
 def report() -> Report:
     def row(name: str, **values: object) -> Row:
         common = {"nodes": 16, "weight_bytes": 1_500_000, "flops": 2_000_000_000}
-        return Row(name=name, **(common | values))  # type: ignore[arg-type]
+        return Row(name=name, **(common | values))
 
     skips = [Skip("a", "another shape"), Skip("b", "eps is no constant", "layers.0 m.py:3", progress=3)]
     good = {"relative_error": 1.2e-7, "kl": 3e-9, "top1": 0.995, "memory_bytes": 2000}

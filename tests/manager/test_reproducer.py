@@ -76,7 +76,7 @@ def test_an_anonymous_pass_is_left_by_name(program: Program, tmp_path: Path) -> 
             raise KeyError("odd")
 
     with pytest.raises(Exception, match="odd"):
-        PassManager([Odd(wrong=object())], repro_dir=tmp_path).run(program)  # type: ignore[arg-type]
+        PassManager([Odd(wrong=object())], repro_dir=tmp_path).run(program)
     (folder,) = tmp_path.iterdir()
     assert (folder / "pipeline.txt").read_text() == "square-to-pow\n"
     assert "has no text form" in json.loads((folder / "reproducer.json").read_text())["pipeline_problem"]

@@ -23,7 +23,7 @@ SCALING = (SmoothActivations(), ScaleSalientChannels(group_size=8))
 
 def run(program: Program, *passes: Pass, verify: str = "each") -> Program:
     ctx = PassContext(options={CALIBRATION_KEY: TOKENS})
-    return irc.PassManager(list(passes), verify=verify, ctx=ctx).run(program).program  # type: ignore[arg-type]
+    return irc.PassManager(list(passes), verify=verify, ctx=ctx).run(program).program
 
 
 def with_outliers(program: Program, factor: float = 50.0) -> Program:
@@ -34,8 +34,8 @@ def with_outliers(program: Program, factor: float = 50.0) -> Program:
             spread = torch.ones(group.num_channels)
             spread[3], spread[17] = factor, factor / 2
             for node, weight in [(group.value, group.value.args[1]), *((u, u.args[1]) for u in group.consumers)]:
-                old = program.weight(weight)  # type: ignore[arg-type]
-                changed[str(weight.target)] = (old * spread if node is group.value else old / spread).detach()  # type: ignore[union-attr]
+                old = program.weight(weight)
+                changed[str(weight.target)] = (old * spread if node is group.value else old / spread).detach()
     return program.copy(replace_weights=changed)
 
 
@@ -116,11 +116,11 @@ def test_what_outliers_cost_is_recovered() -> None:
     plain = zoo.captured("llama")
     outliers = with_outliers(plain)
     options = {"bits": 4, "group_size": 16}
-    lost = error(plain, run(outliers, QuantizeWeights(**options), verify="off"))  # type: ignore[arg-type]
-    assert lost > 2 * error(plain, run(plain, QuantizeWeights(**options)))  # type: ignore[arg-type]
+    lost = error(plain, run(outliers, QuantizeWeights(**options), verify="off"))
+    assert lost > 2 * error(plain, run(plain, QuantizeWeights(**options)))
     for passes in (
-        [ScaleSalientChannels(**options), QuantizeClipped(**options)],  # type: ignore[arg-type]
-        [RotateResidual(), QuantizeWeights(**options)],  # type: ignore[arg-type]
+        [ScaleSalientChannels(**options), QuantizeClipped(**options)],
+        [RotateResidual(), QuantizeWeights(**options)],
     ):  # fmt: skip
         assert error(plain, run(outliers, *passes, verify="off")) < 0.6 * lost
 

@@ -39,9 +39,9 @@ def program() -> Program:
     return capture(Net().eval(), (ids(),), dynamic=({0: "B", 1: "S"},))
 
 
-def insert(program: Program, **options: object):  # type: ignore[no-untyped-def]
+def insert(program: Program, **options: object):
     context = PassContext(options={"calibration": irc.CalibrationData.of(ids(32))})
-    return irc.PassManager([InsertFakeQuantization(**options)], ctx=context).run(program)  # type: ignore[arg-type]
+    return irc.PassManager([InsertFakeQuantization(**options)], ctx=context).run(program)
 
 
 def trained(program: Program, steps: int = 5, rate: float = 1e-2) -> Program:
@@ -155,7 +155,7 @@ def test_onnx_refuses_before_conversion_and_agrees_after(program: Program) -> No
 
 def test_options() -> None:
     with pytest.raises(OptionError) as caught:
-        InsertFakeQuantization(bits=1, activation_bits=9, group_size=0, observer="x")  # type: ignore[arg-type]
+        InsertFakeQuantization(bits=1, activation_bits=9, group_size=0, observer="x")
     for part in ("bits must be 2 to 8, not 1", "activation_bits must be 2 to 8, not 9", "not 0", "not 'x'"):
         assert part in str(caught.value)
     one = InsertFakeQuantization(bits=3, activation_bits=None, learned=False, group_size=32)

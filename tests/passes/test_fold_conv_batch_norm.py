@@ -139,5 +139,5 @@ def _with_arguments(function: object, replacement: object) -> object:
     """The function with another `arguments` among its globals."""
     import types
 
-    changed = {**function.__globals__, "arguments": replacement}  # type: ignore[attr-defined]
-    return types.FunctionType(function.__code__, changed)  # type: ignore[attr-defined]
+    changed = {**function.__globals__, "arguments": replacement}
+    return types.FunctionType(function.__code__, changed)

@@ -63,7 +63,7 @@ class DataMask(Decoder):
 
 
 class TwoInputs(Decoder):
-    def forward(self, tokens: Tensor, types: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, types: Tensor) -> Tensor:
         return self.head(self.attend(self.embed(tokens) + self.embed(types)))
 
 
@@ -89,7 +89,7 @@ def ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def insert(program: Program, **options: object) -> PassResult:
-    return InsertKVCache(**options).run(program.copy(), PassContext())  # type: ignore[arg-type]
+    return InsertKVCache(**options).run(program.copy(), PassContext())
 
 
 @functools.cache
@@ -197,7 +197,7 @@ def test_controls_differ() -> None:
     assert coverage.decoding_error(step, model, example, shift=1) > 1e-2
     forgetful = step.copy()
     output = forgetful.output_node
-    output.args = ((output.args[0][0], *forgetful.placeholders[3:]),)  # type: ignore[index]
+    output.args = ((output.args[0][0], *forgetful.placeholders[3:]),)
     assert coverage.decoding_error(forgetful, model, example) > 1e-2
     unlimited = step.copy()
     for node in unlimited.graph.nodes:

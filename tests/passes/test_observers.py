@@ -185,7 +185,7 @@ def test_grids() -> None:
     assert zero.dtype == torch.uint8
     assert zero.tolist() == [64, 0, 255]
     signed = QuantFormat(8, symmetric=False, per_tensor=True)
-    assert grid(signed, torch.tensor([-1.0]), torch.tensor([3.0]))[1].tolist() == [-64]  # type: ignore[union-attr]
+    assert grid(signed, torch.tensor([-1.0]), torch.tensor([3.0]))[1].tolist() == [-64]
 
 
 def test_options() -> None:

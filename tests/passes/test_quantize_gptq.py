@@ -49,7 +49,7 @@ def program() -> Program:
     return irc.capture(Mlp().eval(), (data(2, 5),), dynamic=({0: "B", 1: "S"},))
 
 
-def run(program: Program, one: Pass, calibration: Tensor | CalibrationData | None = None, **options: object):  # type: ignore[no-untyped-def]
+def run(program: Program, one: Pass, calibration: Tensor | CalibrationData | None = None, **options: object):
     given = {CALIBRATION_KEY: data() if calibration is None else calibration, **options}
     return irc.PassManager([one], verify="each", ctx=PassContext(options=given)).run(program)
 
@@ -61,7 +61,7 @@ def output_error(program: Program, other: Program) -> float:
 
 @both
 def test_rewrites_every_linear_layer(cls: type[Pass], program: Program) -> None:
-    result = run(program, cls(bits=4, group_size=16))  # type: ignore[call-arg]
+    result = run(program, cls(bits=4, group_size=16))
     row = result.report.rows[-1]
     assert row.matches == 2
     assert [skip.node for skip in row.skips] == ["conv1d"]
@@ -70,7 +70,7 @@ def test_rewrites_every_linear_layer(cls: type[Pass], program: Program) -> None:
     assert text.count("irc.dequantize(") == 2
     assert text.count('format="int4.g16"') == 2
     assert "@up.weight_stored: u8[48, 16]" in text
-    again = run(result.program, cls(bits=4, group_size=16))  # type: ignore[call-arg]
+    again = run(result.program, cls(bits=4, group_size=16))
     assert again.report.rows[-1].matches == 0
 
 
@@ -80,8 +80,8 @@ def test_errs_less_than_rounding(
     cls: type[Pass], bits: int, group: int | None, symmetric: bool, program: Program
 ) -> None:
     options = {"bits": bits, "group_size": group, "symmetric": symmetric}
-    rounded = run(program, QuantizeWeights(**options)).program  # type: ignore[arg-type]
-    better = run(program, cls(**options)).program  # type: ignore[arg-type]
+    rounded = run(program, QuantizeWeights(**options)).program
+    better = run(program, cls(**options)).program
     # At 8 bits both are so near that what calibration wins is of the size of what other data differ.
     assert output_error(program, better) < (1.05 if bits == 8 else 1) * output_error(program, rounded)
     for shape in ((1, 1), (3, 7)):
@@ -158,7 +158,7 @@ def test_goes_on_where_it_was_killed(program: Program, tmp_path: Path, monkeypat
     done: list[int] = []
     original = QuantizeGptq.row_quantizer
 
-    def counted(self, inputs, form):  # type: ignore[no-untyped-def]
+    def counted(self, inputs, form):
         if len(done) == 1 and not survive:
             raise KeyboardInterrupt
         done.append(len(inputs.gram))
@@ -187,21 +187,21 @@ def test_bad_data_names_the_layer(cls: type[Pass], program: Program) -> None:
 
     spoiled = irc.capture(Spoil().eval(), (data(2, 5),), dynamic=({0: "B", 1: "S"},))
     ctx = PassContext(options={CALIBRATION_KEY: data()})
-    manager = irc.PassManager([cls(group_size=16)], verify="off", ctx=ctx)  # type: ignore[call-arg]
+    manager = irc.PassManager([cls(group_size=16)], verify="off", ctx=ctx)
     with pytest.raises(PassError, match=r"the inputs of linear_1 down .* hold numbers that are not finite"):
         manager.run(spoiled)
     with pytest.raises(PassError, match=r"linear \(up\) cannot be quantized: its inputs are zero in all"):
-        run(program, cls(group_size=16), torch.zeros(2, 3, 32))  # type: ignore[call-arg]
+        run(program, cls(group_size=16), torch.zeros(2, 3, 32))
     with pytest.raises(PassError, match="no calibration data reaches linear up"):
-        run(program, cls(group_size=16), CalibrationData(((torch.zeros(2, 0, 32),),)))  # type: ignore[call-arg]
+        run(program, cls(group_size=16), CalibrationData(((torch.zeros(2, 0, 32),),)))
     with pytest.raises(PassError, match="needs calibration data"):
-        irc.PassManager([cls(group_size=16)]).run(program)  # type: ignore[call-arg]
+        irc.PassManager([cls(group_size=16)]).run(program)
 
 
 @both
 def test_a_group_that_does_not_divide_lists_all_layers_before_any_work(cls: type[Pass], program: Program) -> None:
     with pytest.raises(PassError) as caught:
-        run(program, cls(group_size=20), torch.full((1, 1, 32), torch.nan))  # type: ignore[call-arg]
+        run(program, cls(group_size=20), torch.full((1, 1, 32), torch.nan))
     assert "up.weight (up): group size 20 does not divide its rows of 32" in str(caught.value)
     assert "down.weight (down): group size 20 does not divide its rows of 48" in str(caught.value)
 

@@ -25,8 +25,8 @@ def step() -> Program:
     return irc.PassManager([InsertKVCache(max_length=32)], verify="off").run(zoo.captured("llama")).program
 
 
-def quantized(step: Program, format: str):  # type: ignore[no-untyped-def]
-    return irc.PassManager([QuantizeKVCache(format=format)]).run(step)  # type: ignore[arg-type]
+def quantized(step: Program, format: str):
+    return irc.PassManager([QuantizeKVCache(format=format)]).run(step)
 
 
 @each_format
@@ -98,7 +98,7 @@ def test_generation_equals_the_program_run_by_hand(step: Program, format: str) -
 @each_format
 def test_pages(format: str) -> None:
     """Pages hold the numbers of the contiguous cache, and an engine over them gives the tokens that it gives."""
-    passes = [InsertKVCache(max_length=32, layout="paged", block_size=4), QuantizeKVCache(format=format)]  # type: ignore[arg-type]
+    passes = [InsertKVCache(max_length=32, layout="paged", block_size=4), QuantizeKVCache(format=format)]
     result = irc.PassManager(passes).run(zoo.captured("llama"))
     program, row = result.program, result.report.rows[-1]
     cache = KVCache.of(program)
@@ -147,5 +147,5 @@ def test_refusals(step: Program) -> None:
 
 def test_options() -> None:
     with pytest.raises(OptionError, match=r"no cache format is called 'int9' \(did you mean 'int"):
-        QuantizeKVCache(format="int9")  # type: ignore[arg-type]
+        QuantizeKVCache(format="int9")
     assert parse_pipeline(print_pipeline([QuantizeKVCache(format="fp8")])) == [QuantizeKVCache(format="fp8")]

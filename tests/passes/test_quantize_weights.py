@@ -179,7 +179,7 @@ def test_weights_that_are_not_finite_are_left(mixed: Program) -> None:
 
 def test_bad_options_are_all_named() -> None:
     with pytest.raises(OptionError) as caught:
-        QuantizeWeights(bits=9, group_size=-1, indivisible="never", scale_dtype="f8")  # type: ignore[arg-type]
+        QuantizeWeights(bits=9, group_size=-1, indivisible="never", scale_dtype="f8")
     for text in ("bits must be 2 to 8, not 9", "not -1", "not 'never'", "not 'f8'"):
         assert text in str(caught.value)
     with pytest.raises(OptionError, match="even for 4 bits"):
@@ -270,7 +270,7 @@ def test_format_says_it_all() -> None:
     ):
         assert text in str(caught.value)
     with pytest.raises(OptionError, match="'nvfp5' is not a quantization format") as caught:
-        QuantizeWeights(format="nvfp5", indivisible="no")  # type: ignore[arg-type]
+        QuantizeWeights(format="nvfp5", indivisible="no")
     assert "not 'no'" in str(caught.value)
     one = QuantizeWeights(format="q4_k", indivisible="pad")
     assert parse_pipeline(print_pipeline([one])) == [one]
@@ -330,7 +330,7 @@ def test_planted_bug_is_found(mixed: Program, monkeypatch: pytest.MonkeyPatch, b
     right = module.round_to_nearest
 
     def wrong(weight: Tensor, *options: object) -> Parts:
-        parts = right(weight, *options)  # type: ignore[arg-type]
+        parts = right(weight, *options)
         return bug(*parts) if weight.shape == (48, 32) else parts
 
     monkeypatch.setattr(module, "round_to_nearest", wrong)

@@ -183,7 +183,7 @@ def test_sdpa(name: str) -> None:
     before, after, result = raised(Block(attend, kv_heads))
     (node,) = attentions(after)
     assert (result.matches, describe(node)) == (1, kind)
-    assert node.args[1].meta[VAL].shape[1] == found_heads == node.args[2].meta[VAL].shape[1]  # type: ignore[union-attr]
+    assert node.args[1].meta[VAL].shape[1] == found_heads == node.args[2].meta[VAL].shape[1]
     assert_same(before, after)
 
 
@@ -281,7 +281,7 @@ def test_eager(name: str) -> None:
     (node,) = attentions(after)
     assert (result.matches, describe(node)) == (1, kind)
     assert node.kwargs["scale"] == pytest.approx(scale)
-    assert node.args[1].meta[VAL].shape[1] == kv_heads  # type: ignore[union-attr]
+    assert node.args[1].meta[VAL].shape[1] == kv_heads
     assert not any("softmax" in str(n.target) for n in after.operations())
     assert_same(before, after)
 
@@ -336,7 +336,7 @@ def test_left_alone(name: str) -> None:
 def test_heads_repeated_in_another_order_are_not_grouped() -> None:
     before, after, _ = raised(Block(other_heads, KV_HEADS))
     (node,) = attentions(after)
-    assert node.args[1].meta[VAL].shape[1] == HEADS  # type: ignore[union-attr]
+    assert node.args[1].meta[VAL].shape[1] == HEADS
     assert_same(before, after)
 
 

@@ -130,7 +130,7 @@ def test_text_round_trip() -> None:
     odd = QuantizeWeights(rules=("a[0]?.b=int8.row", "0.weight=none"))
     assert parse_pipeline(print_pipeline([odd])) == [odd]
     assert parse_pipeline([{"quantize-weights": {"rules": ["a=none"]}}]) == [QuantizeWeights(rules=("a=none",))]
-    assert QuantizeWeights(rules=["a=none"]) == QuantizeWeights(rules=("a=none",))  # type: ignore[arg-type]
+    assert QuantizeWeights(rules=["a=none"]) == QuantizeWeights(rules=("a=none",))
 
 
 @pytest.mark.parametrize("style", ["text", "yaml"])

@@ -35,7 +35,7 @@ def planted(inner: Pass, plant: Plant, blamed: list[str]) -> Pass:
 
     def run(self: Pass, program: Program, ctx: PassContext) -> PassResult:
         known = {node.name for node in program.graph.nodes}
-        result = type(inner).run(self, program, ctx)  # type: ignore[arg-type]
+        result = type(inner).run(self, program, ctx)
         new = [node for node in result.program.graph.nodes if node.name not in known]
         blamed.append(plant(result.program, new).name)
         result.program.graph.lint()
@@ -163,7 +163,7 @@ def confuse(name: str) -> Plant:
 def swap_halves(program: Program, new: list[fx.Node]) -> fx.Node:
     """A merged linear whose parts are taken in the wrong order: the first wrong part is to blame."""
     split = op(new, "split_with_sizes") if any("split_with_sizes" in str(n.target) for n in new) else op(new, "split")
-    items = sorted(split.users, key=lambda n: n.args[1])  # type: ignore[arg-type, return-value]
+    items = sorted(split.users, key=lambda n: n.args[1])
     same = [n for n in items if n.meta["val"].shape == items[-1].meta["val"].shape]
     a, b = same[-2], same[-1]
     a.args, b.args = (split, b.args[1]), (split, a.args[1])

@@ -129,7 +129,7 @@ def test_replacement_may_compute_with_dynamic_sizes() -> None:
 def test_a_rule_that_matches_what_it_built_is_stopped() -> None:
     rule = RewriteRule(name="grow", pattern=lambda x: x.tanh(), replacement=lambda x: x.exp().tanh())
     with pytest.raises(PassError, match="rewrite rule grow keeps matching its own result"):
-        rule.run(captured(lambda x: x.tanh(), (X,)).copy(), _context())  # type: ignore[arg-type]
+        rule.run(captured(lambda x: x.tanh(), (X,)).copy(), _context())
 
 
 def _context() -> object:
@@ -158,15 +158,15 @@ def test_alternating_rules_are_named() -> None:
     ],
 )
 def test_patterns_that_cannot_be(pattern: object, message: str) -> None:
-    rule = RewriteRule(name="bad", pattern=pattern, replacement=lambda x: x)  # type: ignore[arg-type]
+    rule = RewriteRule(name="bad", pattern=pattern, replacement=lambda x: x)
     with pytest.raises(IrcError, match=message):
-        rule.run(_small(), _context())  # type: ignore[arg-type]
+        rule.run(_small(), _context())
 
 
 def test_unknown_replacement_parameter() -> None:
     rule = RewriteRule(name="bad", pattern=lambda x: x.exp(), replacement=lambda y: y)
     with pytest.raises(PassError, match="takes y, which the pattern does not have"):
-        rule.run(_small(), _context())  # type: ignore[arg-type]
+        rule.run(_small(), _context())
 
 
 def _small() -> Program:

@@ -106,4 +106,4 @@ def alone(count: int, seed: int) -> Answers:
 def engine_of(*, blocks: int | None = None, speculation: Speculation | None = None, **options: object) -> Engine:
     """An engine over the tiny model with so many blocks."""
     memory = None if blocks is None else blocks * model().block_bytes
-    return Engine(model(), EngineOptions(memory_bytes=memory, **options), speculation)  # type: ignore[arg-type]
+    return Engine(model(), EngineOptions(memory_bytes=memory, **options), speculation)

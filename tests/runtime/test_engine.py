@@ -271,7 +271,7 @@ def test_inputs_brought_forward_are_those_made_anew(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_failing_request_takes_no_other_with_it() -> None:
-    engine = Engine(Failing(), EngineOptions())  # type: ignore[arg-type]
+    engine = Engine(Failing(), EngineOptions())
     prompts = [[1, 2, 3], [13, 1], [7, 2]]
     found = run(engine, *(Request(prompt=p, max_new_tokens=5) for p in prompts))
     assert found[1][-1].finish_reason == FinishReason.ERROR

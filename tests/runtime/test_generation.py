@@ -69,7 +69,7 @@ def expected(count: int = 12) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("decoder", [cached, paged, recomputing])
-def test_greedy_batch_equals_the_model_on_each_prompt(decoder) -> None:  # type: ignore[no-untyped-def]
+def test_greedy_batch_equals_the_model_on_each_prompt(decoder) -> None:
     result = generate(decoder(), PROMPTS, max_new_tokens=12)
     assert result.token_ids == expected()
     assert len({i for row in expected() for i in row}) > 6, "the model must not just repeat itself"
@@ -78,7 +78,7 @@ def test_greedy_batch_equals_the_model_on_each_prompt(decoder) -> None:  # type:
 
 
 @pytest.mark.parametrize("decoder", [cached, paged, recomputing])
-def test_sampled_batch_equals_each_prompt_alone(decoder) -> None:  # type: ignore[no-untyped-def]
+def test_sampled_batch_equals_each_prompt_alone(decoder) -> None:
     sampling = Sampling(temperature=1.5, top_p=0.95, seed=3)
     batch = generate(decoder(), PROMPTS, max_new_tokens=10, sampling=sampling).token_ids
     alone = [generate(decoder(), p, max_new_tokens=10, sampling=sampling).token_ids[0] for p in PROMPTS]
@@ -167,7 +167,7 @@ def test_stats_count_tokens() -> None:
         ("text", "text needs a tokenizer"),
     ],
 )
-def test_wrong_prompts(prompts, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_prompts(prompts, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         generate(cached(), prompts)
 

@@ -17,7 +17,7 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
 
 def kept(**options: float) -> list[float]:
-    return kept_probabilities(LOGITS, [Sampling(**{"temperature": 1.0, **options})])[0].tolist()  # type: ignore[arg-type]
+    return kept_probabilities(LOGITS, [Sampling(**{"temperature": 1.0, **options})])[0].tolist()
 
 
 def test_temperature_sharpens() -> None:

@@ -20,7 +20,7 @@ from irc.runtime.engine import Engine, EngineOptions
 from irc.runtime.models import paged_model
 from irc.runtime.requests import Proposal, Request, SequenceState
 from irc.runtime.sampling import Sampling, draw, uniforms
-from irc.runtime.speculation.acceptance import accept, follow
+from irc.runtime.speculation.acceptance import follow
 from irc.runtime.speculation.controller import Controller, expected_tokens, predicted_speedup
 from irc.runtime.speculation.draft_model import DraftModelProposer
 from irc.runtime.speculation.ngram import NgramProposer
@@ -46,6 +46,11 @@ def chi_square(counts: Sequence[float], expected: Sequence[float]) -> float:
 
 
 # ---------------------------------------------------------------- the acceptance rule
+
+
+def accept(draft: Any, target: Tensor, proposal: Any, accepts: np.ndarray, draws: np.ndarray) -> list[int]:
+    """The tokens of a tree of one path."""
+    return follow([draft], [target], [proposal], [accepts], draws)[0]
 
 
 def first_two_tokens(rule: Callable[..., list[int]], *, drawn: bool, rounds: int = 4000) -> list[int]:
@@ -176,7 +181,7 @@ def test_vocabularies_must_agree() -> None:
         vocabulary_size = 65
 
     with pytest.raises(OptionError, match="the draft model has 65 tokens, the model 64"):
-        DraftModelProposer(Other(), model())  # type: ignore[arg-type]
+        DraftModelProposer(Other(), model())
 
 
 # ---------------------------------------------------------------- look-up

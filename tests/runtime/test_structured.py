@@ -109,12 +109,12 @@ def test_masks_along_a_draft_are_those_met_one_by_one(grammars: Grammars, text: 
     assert len(masks) == len(draft) + 1
     for token, mask in zip(draft, masks, strict=False):
         assert mask is not None
-        assert torch.equal(mask, stepwise.masks([])[0])  # type: ignore[arg-type]
+        assert torch.equal(mask, stepwise.masks([])[0])
         if not mask[token]:
             break
         stepwise.advance(token)
     again = ahead.masks([])[0]
-    assert torch.equal(again, masks[0])  # type: ignore[arg-type]
+    assert torch.equal(again, masks[0])
 
 
 def test_the_end_within_a_draft(grammars: Grammars) -> None:
@@ -123,4 +123,4 @@ def test_the_end_within_a_draft(grammars: Grammars) -> None:
     assert len(constraint.masks(draft)) == len(draft) + 1
     for token in draft[:-3]:
         constraint.advance(token)
-    assert constraint.masks([0])[0][0]  # type: ignore[index]
+    assert constraint.masks([0])[0][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ _DIM_ARGUMENTS = {"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"}
 SAME_OPERATION = {"aten::reshape": "aten::view", "aten::_unsafe_view": "aten::view"}
 _RESPELLED = SAME_OPERATION | {"aten::square": "aten::pow", "aten::rsub": "aten::sub"}
 _ARGUMENT_NAMES = {("aten::view", "shape"): "size"}
+_SIZED = {"aten::slice", "aten::slice_scatter"}
 _CAST_OPS = {"aten::to", "aten::_to_copy", "aten::type_as"}
 COMMUTATIVE = {"aten::add", "aten::mul", "aten::maximum", "aten::minimum", "aten::eq", "aten::logical_and"}
 
@@ -45,29 +47,63 @@ def call_of(node: fx.Node) -> NodeCall | None:
         return None
     if cast_input(node) is not None:
         return NodeCall("aten::to", {})
-    return bind(node.target._schema, node.args, node.kwargs, rank_of(node), size_along(node))
+    sizes = size_along(node) if takes_sizes(node.target) else {}
+    return bind(node.target, node.args, node.kwargs, rank_of(node), sizes)
 
 
 def bind(
-    schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int | None, size: dict[Any, int | None]
-) -> NodeCall | None:
-    """Arguments in the words of a schema, or None when they do not fit it."""
-    names = [argument.name for argument in schema.arguments]
-    if len(args) > len(names) or not set(kwargs) <= set(names):
+    operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], rank: int | None,
+    size: dict[Any, int | None],
+) -> NodeCall | None:  # fmt: skip
+    """Arguments in the words of an operation's schema, or None when they do not fit it."""
+    words = _words_of(operation)
+    names = words.names
+    if len(args) > len(names) or not words.known.issuperset(kwargs):
         return None
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(names, args, strict=False))
+    given.update(kwargs)
     found: dict[str, Any] = {}
-    for argument in schema.arguments:
-        if argument.name in given:
-            value = given[argument.name]
-        elif argument.has_default_value():
-            value = argument.default_value
-        else:
+    for name, default, renamed in words.arguments:
+        value = given.get(name, default)
+        if value is _REQUIRED:
             return None
-        found[argument.name] = _normal_dims(value, rank) if argument.name in _DIM_ARGUMENTS else value
+        found[renamed] = _normal_dims(value, rank) if name in _DIM_ARGUMENTS else value
+    return _one_spelling(words.name, found, size)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What `bind` needs of a schema: reading it through PyTorch's bindings takes longer than everything else.
+
+    Attributes:
+        name: of the operation, one for all its spellings.
+        arguments: (name, default or `_REQUIRED`, name in the one spelling).
+    """
+
+    name: str
+    names: tuple[str, ...]
+    known: frozenset[str]
+    arguments: tuple[tuple[str, Any, str], ...]
+
+
+def takes_sizes(operation: torch._ops.OpOverload) -> bool:
+    """Whether `bind` needs the sizes of the first input."""
+    return _words_of(operation).name in _SIZED
+
+
+_REQUIRED = object()
+
+
+@functools.cache
+def _words_of(operation: torch._ops.OpOverload) -> _Words:
+    schema = operation._schema
     name = SAME_OPERATION.get(schema.name, schema.name)
-    found = {_ARGUMENT_NAMES.get((name, key), key): value for key, value in found.items()}
-    return _one_spelling(name, found, size)
+    arguments = tuple(
+        (a.name, a.default_value if a.has_default_value() else _REQUIRED, _ARGUMENT_NAMES.get((name, a.name), a.name))
+        for a in schema.arguments
+    )
+    names = tuple(argument[0] for argument in arguments)
+    return _Words(name, names, frozenset(names), arguments)
 
 
 def _one_spelling(name: str, found: dict[str, Any], size: dict[Any, int | None]) -> NodeCall:
@@ -75,7 +111,7 @@ def _one_spelling(name: str, found: dict[str, Any], size: dict[Any, int | None])
         return NodeCall("aten::pow", {"self": found["self"], "exponent": 2})
     if name == "aten::rsub":
         return NodeCall("aten::sub", {"self": found["other"], "other": found["self"], "alpha": found["alpha"]})
-    if name in ("aten::slice", "aten::slice_scatter"):
+    if name in _SIZED:
         length = size.get(found["dim"], size.get(None))
         found["start"] = _normal_bound(found["start"], 0, length)
         found["end"] = _normal_bound(found["end"], sys.maxsize, length)

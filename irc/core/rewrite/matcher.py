@@ -22,6 +22,7 @@ from irc.core.rewrite.calls import (
     is_item,
     rank_of,
     size_along,
+    takes_sizes,
 )
 from irc.core.rewrite.pattern import CAST, Attribute, Call, Item, Pattern, Variable
 
@@ -97,6 +98,8 @@ class Matcher:
     def __init__(self, program: Program, pattern: Pattern, *, extra_users: bool = False) -> None:
         self._program, self._pattern, self._extra_users = program, pattern, extra_users
         self.best_failure: Failure | None = None
+        self._calls: dict[fx.Node, tuple[Any, Any, NodeCall | None]] = {}
+        self._wanted: dict[tuple[Call, Any, int | None], NodeCall | None] = {}
 
     def match(self, root: fx.Node) -> Iterator[Match]:
         """Every way the pattern fits with `root` as its result (commutative operands give several)."""
@@ -138,7 +141,7 @@ class Matcher:
             yield from self._cast(part, node, state)
             return
         same = call_name(node) == ("aten::pow" if part.name == "aten::square" else part.name)
-        call = call_of(node) if same else None
+        call = self._call_of(node) if same else None
         wanted = self._words(part, node, call)
         if call is not None and wanted is not None:
             yield from self._arguments(part, node, wanted, call, state.with_part(part, node, node))
@@ -148,6 +151,13 @@ class Matcher:
         if source is not None and source.meta[VAL].dtype == node.meta[VAL].dtype:
             yield from self._part(part, source, state.covering(node))
 
+    def _call_of(self, node: fx.Node) -> NodeCall | None:
+        """As `call_of`, remembered while the node keeps its arguments."""
+        known = self._calls.get(node)
+        if known is None or known[0] is not node.args or known[1] is not node.kwargs:
+            known = self._calls[node] = (node.args, node.kwargs, call_of(node))
+        return known[2]
+
     def _words(self, part: Call, node: fx.Node, call: NodeCall | None) -> NodeCall | None:
         """The pattern's call in the words of the node's schema, if it is a call of the same operation."""
         if call is None or not isinstance(node.target, torch._ops.OpOverload):
@@ -156,14 +166,20 @@ class Matcher:
             part = Call("aten::pow", (*part.args, 2))
         if call.name != part.name:
             return None
-        schema = node.target._schema
-        if schema.name in ("aten::square", "aten::rsub"):  # the node was respelled: use the spelling's own schema
-            overload = torch.ops.aten.pow.Tensor_Scalar if schema.name == "aten::square" else torch.ops.aten.sub.Tensor
-            schema = overload._schema
+        target = node.target
+        name = target._schema.name
+        if name in ("aten::square", "aten::rsub"):  # the node was respelled: use the spelling's own schema
+            target = torch.ops.aten.pow.Tensor_Scalar if name == "aten::square" else torch.ops.aten.sub.Tensor
+        rank = rank_of(node)
+        if not takes_sizes(target):
+            key = (part, target, rank)
+            if key not in self._wanted:
+                self._wanted[key] = bind(target, part.args, part.kwargs, rank, {})
+            return self._wanted[key]
         sizes = size_along(node)
         if isinstance(call.arguments.get("dim"), int):
             sizes[None] = sizes.get(call.arguments["dim"])  # for a pattern whose dim is a parameter
-        return bind(schema, part.args, part.kwargs, rank_of(node), sizes)
+        return bind(target, part.args, part.kwargs, rank, sizes)
 
     def _arguments(
         self, part: Call, node: fx.Node, wanted: NodeCall, found: NodeCall, state: _State

@@ -51,12 +51,12 @@ class RewriteRule(Pass):
         preserves: what the rewrite promises about the numbers.
     """
 
-    name: str  # type: ignore[misc]
+    name: str  # type: ignore[misc]  # other passes have one a class, a rule its own
     pattern: Callable[..., Any] | Sequence[Callable[..., Any]]
     replacement: Callable[..., Any]
     check: Check | None = None
     extra_users: bool = False
-    preserves: Preserves = field(default=EXACT)  # type: ignore[misc]
+    preserves: Preserves = field(default=EXACT)
 
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:

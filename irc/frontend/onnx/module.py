@@ -59,7 +59,7 @@ class OnnxModule(nn.Module):
         for node, attributes in self._nodes:
             if node.op_type == "Constant" and isinstance(attributes.get("value"), Tensor):
                 self._scalar(node.output[0], attributes["value"])
-        self.forward = _with_signature(self, self.input_names)  # type: ignore[method-assign]
+        self.forward = _with_signature(self, self.input_names)
 
     def _store(self, name: str, tensor: Tensor) -> None:
         numbers = to_numbers(tensor)
@@ -141,7 +141,8 @@ def _with_signature(module: OnnxModule, names: Sequence[str]) -> Any:
         return self.run(*inputs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in ("self", *names)])  # type: ignore[attr-defined]
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in ("self", *names)])
+    setattr(forward, "__signature__", signature)  # noqa: B010  (no attribute of a function's type)
     return types.MethodType(forward, module)
 
 

@@ -6,6 +6,7 @@ import sympy
 import torch
 import torch.fx as fx
 
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
@@ -65,15 +66,15 @@ def _as_stored(operand: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
         return operand, None
     if name == "aten._to_copy":
-        (source,) = operand.args[:1]
-        return (source, None) if _dtype(source) in (torch.bfloat16, torch.float16) else (operand, None)  # type: ignore[return-value]
+        source = input_node(operand)
+        return (source, None) if _dtype(source) in (torch.bfloat16, torch.float16) else (operand, None)
     bits = _ROWS_IN_BITS.get(str(operand.kwargs.get("format"))) if name == "irc.dequantize" else None
     if bits is not None:
-        source, scale, *further = operand.args
-        shapes = [x.meta[VAL].shape for x in (source, scale)]  # type: ignore[union-attr]
+        source, scale, further = input_node(operand), input_node(operand, 1), list(operand.args[2:])
+        shapes = [x.meta[VAL].shape for x in (source, scale)]
         a_row = tuple(shapes[1]) == (*shapes[0][:-1], 1)
         if a_row and further in ([], [None]) and (_dtype(source), _dtype(scale)) == (bits, torch.float32):
-            return source, scale  # type: ignore[return-value]
+            return source, scale
     return operand, None
 
 
@@ -134,7 +135,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     )
     body = "    " + template.call(problem, args, epilogue).replace("\n", "\n    ").rstrip(" ")
     return PrintedFunction(
-        call.name, tuple(str(origin) for origin in call.origins), tuple(parameters), body, tuple(arguments),  # type: ignore[arg-type]
+        call.name, tuple(str(origin) for origin in call.origins), tuple(parameters), body, tuple(arguments),
         tuple(sorted(sizes, key=lambda s: s.name)), template.INCLUDES, scratch,
     )  # fmt: skip
 

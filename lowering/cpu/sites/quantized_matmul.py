@@ -7,6 +7,7 @@ or where the option `activations="int8"` allows it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -58,11 +59,12 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
 
 def dequantized_parts(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None] | None:
     """(stored, scale, zero point, tensor scale) of a dequantized weight; None unless all are weights."""
-    parts = [*node.args, *[None] * (4 - len(node.args))]
+    parts: list[Any] = [*node.args, *[None] * (4 - len(node.args))]
     parts[3] = parts[3] or node.kwargs.get("tensor_scale")
     if any(part is not None and (not isinstance(part, fx.Node) or part.op != "get_attr") for part in parts):
         return None
-    return tuple(parts)  # type: ignore[return-value]
+    stored, scale, zero_point, tensor_scale = parts
+    return stored, scale, zero_point, tensor_scale
 
 
 def quantized_by_token(node: fx.Node) -> fx.Node | None:
@@ -96,7 +98,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     tensors = [None if part is None else program.weight(part).detach() for part in parts]
     problem = _narrow(call.site.problem, tensors[1])
     name = f"{parts[0].target} as {problem.weight} {problem.scale}"
-    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, *tensors))  # type: ignore[arg-type]
+    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, *tensors))
     epilogue = print_epilogue(call.epilogue)
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]

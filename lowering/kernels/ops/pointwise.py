@@ -96,7 +96,7 @@ for _name, _kind in _BINARY.items():
 )
 def add(call: Call, index: At) -> Value:
     """self ± alpha · other."""
-    name = call.node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    name = call.node.target._schema.name.partition("::")[2]
     a, b = gather(call, index, "self", "other")
     if call.raw("alpha") != 1:
         factor = convert(call.operand("alpha").at(()), b.dtype)

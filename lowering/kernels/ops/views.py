@@ -218,7 +218,7 @@ _CONSTANTS = ("full", "full_like", "scalar_tensor", "zeros", "ones", "zeros_like
 @defines(*(f"aten.{name}" for name in _CONSTANTS), kind="view")
 def full(call: Call, index: At) -> Value:
     """One number everywhere."""
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.node.target._schema.name
     if "fill_value" in call._arguments:
         return settle(call.operand("fill_value").at(()), call.dtype)
     if name.endswith("scalar_tensor"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from irc.core.contract import Skip
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node, int_argument
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx import installed
@@ -41,18 +42,19 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
         if reason is not None:
             yield Skip.at(node, f"{_OP}: {reason}")
             continue
-        query, key_write, value_write = node.args[:3]
-        parts = {"key": key_write, "value": value_write, "rotary": _rotary(program, query, key_write.args[1])}  # type: ignore[union-attr]
-        rope = (query, key_write.args[1]) if parts["rotary"] else ()  # type: ignore[union-attr]
-        yield Match(node, parts, (node, key_write, value_write, *rope))  # type: ignore[arg-type]
+        query, key_write, value_write = (input_node(node, index) for index in range(3))
+        key = input_node(key_write, 1)
+        parts = {"key": key_write, "value": value_write, "rotary": _rotary(program, query, key)}
+        rope = (query, key) if parts["rotary"] else ()
+        yield Match(node, parts, (node, key_write, value_write, *rope))
 
 
 def _why_not(program: Program, node: fx.Node) -> str | None:
     positions, inputs = program.placeholders[1], set(program.placeholders)
-    query, key, value = node.args[:3]
+    query, key, value = (input_node(node, index) for index in range(3))
     kwargs = node.kwargs
     for write in (key, value):
-        if not isinstance(write, fx.Node) or not is_irc_op(write.target, "cache_write"):
+        if not is_irc_op(write.target, "cache_write"):
             return "its keys or values come from no cache"
         if write.args[0] not in inputs or write.args[2] is not positions:
             return "its cache is no input, or is written at other positions"
@@ -62,7 +64,7 @@ def _why_not(program: Program, node: fx.Node) -> str | None:
         return "its mask is neither causal nor a sliding window"
     if kwargs.get("bias") is not None:
         return "adds a bias to the scores"
-    tensors = [n.meta[VAL] for n in (query, key, value, key.args[1], value.args[1])]  # type: ignore[union-attr]
+    tensors = [n.meta[VAL] for n in (query, key, value, input_node(key, 1), input_node(value, 1))]
     if {t.dtype for t in tensors} != {torch.float32}:
         return "is used for f32 only"
     if tensors[1].shape[-1] != tensors[2].shape[-1]:
@@ -105,13 +107,13 @@ def write(setting: Setting, program: Program, match: Match) -> None:
     key_write, value_write = match.parts["key"], match.parts["value"]
     query, key, value = node.args[0], key_write.args[1], value_write.args[1]
     if rotary is not None:
-        query, key = query.args[0], key.args[0]  # type: ignore[union-attr]
+        query, key = query.args[0], key.args[0]
     flat: list[Any] = [_flat(program, setting, x, before=node) for x in (query, key, value)]
     packed = _packed(program, flat)
     if packed is not None:  # one product gave all three, and the operator takes them so
         flat = [packed, None, None]
     attributes: dict[str, Any] = {
-        "num_heads": int(node.args[0].meta[VAL].shape[1]),  # type: ignore[union-attr]
+        "num_heads": int(node.args[0].meta[VAL].shape[1]),
         "kv_num_heads": int(key_write.meta[VAL].shape[1]),
         "scale": float(node.kwargs.get("scale", 1.0)),
     }
@@ -200,7 +202,7 @@ def _sizes(program: Program, setting: Setting) -> list[fx.Node]:
     name = f"{sizes.__module__}.{sizes.__name__}"
     for user in positions.users:
         if f"{getattr(user.target, '__module__', '')}.{getattr(user.target, '__name__', '')}" == name:
-            return sorted(user.users, key=lambda item: item.args[1])  # type: ignore[arg-type, return-value]
+            return sorted(user.users, key=lambda item: int_argument(item, 1))
     first = program.placeholders[-1].next
     made = call(program, setting, sizes, positions, before=first)
     return [_item(program, made, index, before=first) for index in range(3)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Skip
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx import installed
@@ -33,15 +34,15 @@ def _find(onnx_op: str, setting: Setting, program: Program) -> Iterator[Match | 
     for node in program.operations():
         if node.target is not _LAYERS[onnx_op]:
             continue
-        value, weight = node.args[:2]
-        stored = weight.args[0] if is_reshape(weight) else weight  # type: ignore[union-attr]
+        value, weight = input_node(node), input_node(node, 1)
+        stored = input_node(weight) if is_reshape(weight) else weight
         if not all(is_irc_op(getattr(n, "target", None), "dequantize") for n in (value, stored)):
             continue
-        reason = _why_not(onnx_op, setting, program, node, value, stored)  # type: ignore[arg-type]
+        reason = _why_not(onnx_op, setting, program, node, value, stored)
         if reason is not None:
             yield Skip.at(node, f"{onnx_op}: {reason}")
             continue
-        yield Match(node, {"value": value, "weight": stored}, (node, stored))  # type: ignore[arg-type]
+        yield Match(node, {"value": value, "weight": stored}, (node, stored))
 
 
 def _why_not(
@@ -85,7 +86,7 @@ def _write(onnx_op: str, setting: Setting, program: Program, match: Match) -> No
     zeros = (zeros + offset).to(torch.uint8)
     scales = scale.flatten().expand(num_rows).contiguous()
     if onnx_op == "ConvInteger":
-        integers = integers.reshape(tuple(node.args[1].meta[VAL].shape))  # type: ignore[union-attr]
+        integers = integers.reshape(tuple(node.args[1].meta[VAL].shape))
         scales = scales.reshape(-1, *[1] * (integers.dim() - 2))
     else:
         integers = integers.t()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Skip
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx import installed
@@ -43,14 +44,14 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
 
 def _why_not(setting: Setting, program: Program, node: fx.Node, weight: fx.Node) -> str | None:
     chosen = formats.parse(str(weight.kwargs["format"]))
-    x, source = node.args[0], node.args[0]
+    x = input_node(node)
     if not isinstance(chosen, formats.QuantFormat):
         return f"{chosen} is no format of integers"
     if any(weight_of(program, part) is None for part in weight.args[:2]):
         return "its integers or scales are computed"
-    if is_irc_op(getattr(source, "target", None), "dequantize"):
+    if is_irc_op(x.target, "dequantize"):
         return "its input is quantized too"
-    if x.meta[VAL].dtype != torch.float32 or weight.meta[VAL].dtype != torch.float32:  # type: ignore[union-attr]
+    if x.meta[VAL].dtype != torch.float32 or weight.meta[VAL].dtype != torch.float32:
         return "is used for f32 activations only"
     if block_of(chosen, int(weight.meta[VAL].shape[-1])) is None:
         return f"no block of a power of two from {_SMALLEST_BLOCK} on divides groups of {chosen}"

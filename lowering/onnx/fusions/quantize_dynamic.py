@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Skip
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.fusing import Match, register_fusion
@@ -28,13 +30,15 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
     """Values quantized with the scale of their own rows."""
     for node in program.operations():
         scale = node.args[1] if is_irc_op(node.target, "quantize") else None
-        if scale is None or not is_irc_op(scale.target, "dynamic_scale") or scale.args[0] is not node.args[0]:  # type: ignore[union-attr]
+        if not isinstance(scale, fx.Node) or not is_irc_op(scale.target, "dynamic_scale"):
+            continue
+        if scale.args[0] is not node.args[0]:
             continue
         chosen = formats.parse(str(node.kwargs["format"]))
-        x = node.args[0].meta[VAL]  # type: ignore[union-attr]
+        x = input_node(node).meta[VAL]
         if not isinstance(chosen, formats.QuantFormat) or chosen.packs_two or chosen.group_size or chosen.per_tensor:
             yield Skip.at(node, f"{_NAME}: {chosen} has no scale a row of bytes")
-        elif scale.kwargs["format"] != node.kwargs["format"] or x.dtype != torch.float32:  # type: ignore[union-attr]
+        elif scale.kwargs["format"] != node.kwargs["format"] or x.dtype != torch.float32:
             yield Skip.at(node, f"{_NAME}: is used for f32 and one format only")
         else:
             yield Match(node, {"scale": scale, "high": chosen.high}, (node,))

@@ -36,17 +36,17 @@ def find(setting: Setting, program: Program) -> Iterator[Match | Skip]:
 
 def _why_not(program: Program, node: fx.Node, total: fx.Node) -> str | None:
     weight = node.args[1]
-    parts = total.args[:2]
+    parts = [part for part in total.args[:2] if isinstance(part, fx.Node)]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is no stored tensor"
-    if not all(isinstance(part, fx.Node) and isinstance(part.meta[VAL], Tensor) for part in parts):
+    if len(parts) < 2 or not all(isinstance(part.meta[VAL], Tensor) for part in parts):
         return "adds a constant"
     if total.kwargs.get("alpha", 1) != 1:
         return "adds a multiple"
-    values = [n.meta[VAL] for n in (*parts, weight)]  # type: ignore[union-attr]
+    values = [n.meta[VAL] for n in (*parts, weight)]
     if {value.dtype for value in values} != {torch.float32}:
         return "is used for f32 only"
-    shapes = {program.shape_expr(part) for part in parts}  # type: ignore[arg-type]
+    shapes = {program.shape_expr(part) for part in parts}
     if len(shapes) != 1 or values[0].dim() not in (2, 3):
         return "takes two tensors of one shape, in two or three dimensions"
     if not installed.has_kernel(_OP, installed.CONTRIB, 1):
@@ -58,9 +58,9 @@ def write(setting: Setting, program: Program, match: Match) -> None:
     """Edits the program: sum and norm become outputs of one operator, at the place of the sum."""
     node, total = match.root, match.parts["sum"]
     with program.graph.inserting_before(total):
-        weight = program.graph.get_attr(str(node.args[1].target))  # type: ignore[union-attr]
-        weight.meta[VAL] = node.args[1].meta[VAL]  # type: ignore[union-attr]
-    both = call(program, setting, skip_norm, *total.args[:2], weight, float(node.args[2]), before=total)  # type: ignore[arg-type]
+        weight = program.graph.get_attr(str(node.args[1].target))
+        weight.meta[VAL] = node.args[1].meta[VAL]
+    both = call(program, setting, skip_norm, *total.args[:2], weight, float(node.args[2]), before=total)
     for index, old in enumerate((node, total)):
         with program.graph.inserting_before(total):
             new = program.graph.call_function(operator.getitem, (both, index))

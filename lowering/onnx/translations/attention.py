@@ -8,13 +8,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import input_node
 from irc.core.ops.attention import keep_mask
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.registry import Setting, emit, translates
 
 
 def _why_not(setting: Setting, program: Program, node: fx.Node) -> str | None:
-    query, key, value = (n.meta[VAL] for n in node.args[:3])  # type: ignore[union-attr]
+    query, key, value = (input_node(node, n).meta[VAL] for n in range(3))
     if {query.dtype, key.dtype, value.dtype} != {torch.float32}:
         return "Attention is used for f32 only: in half types the softmax is rounded elsewhere"
     if node.kwargs.get("sinks") is not None:

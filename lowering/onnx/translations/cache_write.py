@@ -10,13 +10,14 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.kv_cache import KVCache
+from irc.core.operands import input_node
 from irc.core.ops.cache import as_bytes
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.registry import Setting, emit, translates
 
 
 def _why_not(setting: Setting, program: Program, node: fx.Node) -> str | None:
-    cache, value, _positions = (n.meta[VAL] for n in node.args[:3])  # type: ignore[union-attr]
+    cache, value, _positions = (input_node(node, n).meta[VAL] for n in range(3))
     cached = KVCache.of(program)
     if cached is None or cached.layout != "contiguous" or node.args[2] is not program.placeholders[1]:
         return "only a step's own positions are known to be consecutive"

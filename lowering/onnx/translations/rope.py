@@ -6,17 +6,18 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.lowering.onnx.registry import Setting, emit, translates
 
 
 def _why_not(setting: Setting, program: Program, node: fx.Node) -> str | None:
-    x, cos, sin = (n.meta[VAL] for n in node.args[:3])  # type: ignore[union-attr]
+    x, cos, sin = (input_node(node, n).meta[VAL] for n in range(3))
     if {x.dtype, cos.dtype, sin.dtype} != {torch.float32}:
         return "RotaryEmbedding is used for f32 only: in half types the product is rounded elsewhere"
     if x.dim() != 4:
         return f"RotaryEmbedding takes [B, H, S, D], not {x.dim()} dimensions"
-    if cos.dim() > 4 or (cos.dim() == 4 and program.shape_expr(node.args[1])[1] != 1):  # type: ignore[arg-type]
+    if cos.dim() > 4 or (cos.dim() == 4 and program.shape_expr(input_node(node, 1))[1] != 1):
         return "RotaryEmbedding turns all heads by the same angles"
     if not isinstance(x.shape[-1], int):
         return "RotaryEmbedding needs a fixed head size"
