@@ -37,6 +37,8 @@ _KINDS = (
     ("position", "#cde8e5", ("rope",)),
     ("pointwise", "#e8e8ee", ()),
 )
+# What more operations than these read is named beside each of them: lines from one place to everywhere are unreadable.
+_MOST_LINES = 4
 _MOVEMENT = frozenset(
     [
         "view",
@@ -116,11 +118,15 @@ def _boxes(program: Program, layer: str | None) -> dict[str, _Box]:
         weights = [w for w in node.all_input_nodes if w.op == "get_attr"]
         lines = [_title(node), _type(program, node)]
         lines += [f"{_short(str(w.target), layer)} {_type(program, w)}" for w in weights]
+        if len(set(_tensor_users(node))) > _MOST_LINES and node.name != lines[0]:
+            lines[0] += f" → {node.name}"
         box = boxes[node.name] = _Box([line for line in lines if line], _colour(node))
         for source in _tensor_sources(node):
-            box.inputs.append(source.name)
-            if source not in inside and source.name not in boxes:
-                boxes[source.name] = _Box([source.name, _type(program, source)], "none")
+            spread = len(set(_tensor_users(source))) > _MOST_LINES
+            name = f"{source.name} of {node.name}" if spread else source.name
+            box.inputs.append(name)
+            if name not in boxes and (spread or source not in inside):
+                boxes[name] = _Box([source.name, _type(program, source)], "none")
     results = {n for out in program.outputs if isinstance(out, fx.Node) for n in [_producer(out)]}
     for node in chosen:
         outside = [u for u in _tensor_users(node) if u not in inside]
