@@ -12,7 +12,6 @@ from irc.core.paged import StepInputs
 from irc.runtime.requests import SequenceState
 from irc.runtime.scheduler import Work
 
-
 _ONE = np.ones((), dtype=np.int64)
 
 
