@@ -23,7 +23,7 @@ types:  ## type checks
 	mypy
 
 test:  ## the test suite
-	pytest
+	pytest -n auto --dist worksteal
 
 demo:  ## the main job, end to end
 	irc demo

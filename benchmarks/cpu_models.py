@@ -33,7 +33,7 @@ from irc.lowering.cpp.templates.base import detect_isa
 # Weights of 7 bits where bytes can only be summed in 16 bits, as NNCF does for such processors.
 INT8 = (
     f"quantize-weights{{bits={8 if detect_isa() == 'avx512' else 7},group-size=none,include-convolutions=true}},"
-    "quantize-activations{include-attention=false}"
+    "quantize-activations{include-attention=false,include-residuals=true}"
 )
 Run = Callable[[int], list[float]]
 """Seconds of each of so many runs."""

@@ -361,7 +361,7 @@ def main() -> None:
             result["speculation"] = speculation_tasks(given.target, given.draft_target or given.target, rounds, tokens)
         if given.only == "135m" or (given.only is None and not given.quick):
             large = of_135m(given.target)
-            result["135m"] = throughput("135M shape", large, rounds=min(rounds, 3), new_tokens=16, alone=2)
+            result["135m"] = throughput("135M shape", large, rounds=min(rounds, 3), new_tokens=tokens, alone=2)
     if given.json:
         print(json.dumps(result))
     sys.stdout.flush()

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from irc.compile_cache.entry import Kept
 from irc.compile_cache.lookup import look_up
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import PassContext, Progress
-from irc.core.errors import OptionError, StorageError
+from irc.core.errors import IrcError, OptionError, StorageError
 from irc.core.instruments import Instrument
 from irc.core.kv_cache import KVCache
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
 from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
-from irc.core.program import Program
+from irc.core.program import VAL, Program, dtype_name
 from irc.core.report import Report, Row
 from irc.core.stages import Stages
 from irc.core.storage import load as load_program
@@ -262,10 +264,16 @@ class Compiled:
         """Same arguments and results as the model, also when a key-value cache was inserted."""
         first = next(iter(self.stages.values()))
         flat = first.flatten_inputs(args, kwargs)
-        if self.artifact.kv_cache is None or KVCache.of(first) is not None:
-            return first.unflatten(self.artifact.run(*flat))
-        tokens = flat[first.input_names.index(self.program.input_names[0])]
-        return first.unflatten([self.artifact.whole_rows(tokens)])
+        try:
+            if self.artifact.kv_cache is None or KVCache.of(first) is not None:
+                return first.unflatten(self.artifact.run(*flat))
+            tokens = flat[first.input_names.index(self.program.input_names[0])]
+            return first.unflatten([self.artifact.whole_rows(tokens)])
+        except Exception as error:  # of any kind, by what the target ran: said again where an input explains it
+            problems = _misfits(first, flat)
+            if not problems:
+                raise
+            raise IrcError(f"program {first.name} cannot take these inputs:\n  - " + "\n  - ".join(problems)) from error
 
     # ---------------------------------------------------------------- generation
 
@@ -430,3 +438,18 @@ def _tokenizer_json(tokenizer: Any) -> str | None:
 
 Draft: TypeAlias = str | Compiled | Speculation
 """How tokens are guessed: see `Compiled.generate`."""
+
+
+def _misfits(program: Program, flat: Sequence[Any]) -> list[str]:
+    """Inputs whose number of dimensions or element type is not that of the program's."""
+    found = []
+    for node, value in zip(program.placeholders, flat, strict=False):
+        wanted = node.meta[VAL]
+        if not isinstance(wanted, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            found.append(f"{node.target} is {type(value).__name__}, not {program.type_text(node)}")
+        elif (value.dim(), value.dtype) != (wanted.dim(), wanted.dtype):
+            sizes = ", ".join(map(str, value.shape))
+            found.append(f"{node.target} is {dtype_name(value.dtype)}[{sizes}], not {program.type_text(node)}")
+    return found

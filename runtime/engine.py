@@ -279,6 +279,7 @@ class Engine:
         self.stats.choosing_ms += (time.perf_counter() - started) * 1e3
         if not cohort.go_on(best, outputs):
             return False
+        self._builder.went_on(best)
         self.scheduler.went_on(cohort)
         self.stats.new_tokens += len(best)
         return True

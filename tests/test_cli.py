@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from irc.cli import main as cli
+from irc.core import contract
 from irc.core.errors import IrcError
 
 MODEL = '''
@@ -35,6 +37,29 @@ def broken():
     return Data(), (torch.randn(2, 3),)
 
 NUMBER = 3
+'''
+OWN_PASS = '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import irc.passes
+import torch
+from net import build
+
+@irc.passes.register_pass
+@dataclass(frozen=True, kw_only=True)
+class DropRelu(irc.passes.Pass):
+    """relu(x)  →  x, which is wrong."""
+
+    name: ClassVar[str] = "drop-relu"
+
+    def run(self, program, ctx):
+        found = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+        for node in found:
+            program.replace(node, node.args[0])
+        return irc.passes.PassResult(program, matches=len(found), modified=bool(found))
 '''
 
 
@@ -69,7 +94,7 @@ def test_capture_opt_check_diff(run, model: str, tmp_path: Path) -> None:
     assert code == 0
     assert "fold-conv-batch-norm" in out
     assert "program @" in out
-    assert "batch_norm" not in str(second / "graph.irc")
+    assert "batch_norm" not in (second / "graph.irc").read_text()
     assert run("check", second, "--against", first, "--rtol", "1e-5")[0] == 0
     code, out, _ = run("diff", first, second)
     assert code == 1
@@ -94,6 +119,15 @@ def test_dump_text_and_picture(run, model: str, tmp_path: Path) -> None:
 def test_bisect_finds_nothing_wrong(run, model: str) -> None:
     code, out, _ = run("bisect", model, "--passes", "fold-conv-batch-norm")
     assert code == 0, out
+
+
+def test_passes_of_the_models_own_file(run, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "_PASSES", dict(contract.registered_passes()))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own.py").write_text(OWN_PASS)
+    code, out, _ = run("bisect", tmp_path / "own.py:build", "--passes", "fold-conv-batch-norm,drop-relu")
+    assert code == 1
+    assert "drop-relu" in out
 
 
 def test_compile_to_onnx(run, model: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from irc.compiler import Compiled, compile
-from irc.core.errors import NumericError, OptionError, StorageError
+from irc.core.errors import IrcError, NumericError, OptionError, StorageError
 from irc.core.program import Program
 from irc.core.target import Artifact
 from irc.lowering.reference import ReferenceTarget
@@ -51,6 +51,19 @@ def test_too_long_for_the_cache() -> None:
     short = compile(steps.decoder(), "insert-kv-cache{max-length=8}", verify="off")
     with pytest.raises(OptionError, match=r"9 tokens do not fit into a key-value cache of 8"):
         short(steps.tokens(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (steps.tokens()[0], r"input_ids is i64\[\d+\], not i64\[B, S\]"),
+        (steps.tokens().float(), r"is f32\[\d+, \d+\], not"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_named(given: torch.Tensor, said: str) -> None:
+    with pytest.raises(IrcError, match=said) as caught:
+        compiled()(given)
+    assert caught.value.__cause__ is not None
 
 
 def test_a_wrong_artifact_is_an_error() -> None:

@@ -86,9 +86,9 @@ def evaluate(
 
     if plot is not None:
         check_plot_path(plot)
-    variants = [(label, parse_pipeline(text)) for label, text in map(_labelled, passes or [])]
     names = metrics.split(",") if metrics is not None else None
     loaded = {spec: _load(spec) for spec in dict.fromkeys(models)}
+    variants = [(label, parse_pipeline(text)) for label, text in map(_labelled, passes or [])]
     samples = _evaluation_data(data, next(iter(loaded.values())), models[0], length, windows)
     with shown_progress() as progress:
         subjects: dict[str, Any] = {}

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from irc.core.program import Program
 
 MODEL_HELP = (
-    "A model: 'demo' (ships with irc), FILE.py:NAME (a module, or a function that returns one),"
-    " a program folder, a Hugging Face folder, or a .pt2 file."
+    "A model: 'demo' (ships with irc), FILE.py:NAME (a module, or a function that returns one"
+    " or a pair of one and its example inputs), a program folder, a Hugging Face folder, or a .pt2 file."
 )
 _SHIPPED = {"demo": "tinypy", "tinypy": "tinypy", "draft": "tinypy-draft", "tinypy-draft": "tinypy-draft"}
 
@@ -129,14 +131,14 @@ def _load_python(path: Path, attribute: str) -> LoadedModel:
 
     if not path.is_file():
         raise OptionError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _imported(path)
     found = getattr(module, attribute, None)
     if found is None:
-        names = [n for n, value in vars(module).items() if callable(value) or isinstance(value, nn.Module)]
+        names = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
+        ]
         raise OptionError(f"{path} has no {attribute!r}{nearest(attribute, names)}")
     if not isinstance(found, nn.Module) and callable(found):
         found = found()
@@ -146,6 +148,20 @@ def _load_python(path: Path, attribute: str) -> LoadedModel:
     if not isinstance(found, nn.Module):
         raise OptionError(f"{path}:{attribute} gives a {type(found).__name__}, not a torch.nn.Module")
     return LoadedModel(found.eval(), attribute, example)
+
+
+def _imported(path: Path) -> ModuleType:
+    """The file as a module, found by its name and next to its neighbours, as `python FILE` runs it."""
+    name = path.stem
+    while name in sys.modules:
+        name = f"_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 def _load_huggingface(path: Path) -> LoadedModel:

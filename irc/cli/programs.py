@@ -115,8 +115,8 @@ def opt(
     from irc.core.storage import save
     from irc.view.progress import shown_progress
 
-    pipeline = parse_pipeline(passes)
     loaded = load_model(model)
+    pipeline = parse_pipeline(passes)  # now: the model's file may register passes of its own
     options = {CALIBRATION_KEY: load_calibration(calibration, loaded), "resume": resume}
     program = loaded.program()
     instruments = [PrintAfterChange()] if print_after_change else []
@@ -239,8 +239,9 @@ def bisect(model: Model, passes: Passes) -> None:
     from irc.core.bisect import bisect as find
     from irc.core.pipeline import parse_pipeline
 
-    pipeline = parse_pipeline(passes)
-    result = find(load_model(model).program(), pipeline)
+    loaded = load_model(model)
+    pipeline = parse_pipeline(passes)  # now: the model's file may register passes of its own
+    result = find(loaded.program(), pipeline)
     typer.echo(str(result))
     if result.bad_pass is not None:
         raise typer.Exit(1)

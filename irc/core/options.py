@@ -73,6 +73,30 @@ def read(raw: Raw, wanted: Any) -> Any:
     raise WrongValue(f"expected {type_text(wanted)}, got {_shown(raw)}")
 
 
+def mismatch(value: Any, wanted: Any) -> str | None:
+    """Why a Python value is none of type `wanted`, in the words of `read`; None where it is one."""
+    if _fits(value, wanted):
+        return None
+    return f"expected {type_text(wanted)}, got {value!r}"
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is not None:
+        text = isinstance(value, str)  # a sequence of its characters is never meant
+        items = arguments[:1] if issubclass(origin, Sequence) else ()
+        return isinstance(value, origin) and not text and all(_fits(item, one) for item in value for one in items)
+    if wanted in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
 def write(value: Any, text: Callable[[str], str] | None = None) -> str:
     """The text that `read` turns back into the value; `text` writes strings (default: `word`).
 

@@ -20,6 +20,7 @@ from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.contract import Pass, Progress
 from irc.core.errors import OptionError, TargetError, nearest
 from irc.core.kv_cache import KVCache
+from irc.core.options import mismatch, option_types
 from irc.core.paged import StepInputs
 from irc.core.program import Program
 
@@ -260,17 +261,19 @@ def read_options(cls: type[_OptionsT], given: Options | _OptionsT | None, *, wha
     """Options as the target's dataclass.
 
     Raises:
-        OptionError: names every unknown option, with the nearest ones.
+        OptionError: names every unknown option, with the nearest ones, and every value of another type.
     """
     if isinstance(given, cls):
         return given
     assert dataclasses.is_dataclass(cls)
     values = dict(cast("Options", given or {}))  # else it were a `cls`
     known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        problems = "; ".join(f"no option {name!r}{nearest(name, known)}" for name in unknown)
-        raise OptionError(f"{what}: {problems}")
+    types = option_types(cls)
+    problems = [f"no option {name!r}{nearest(name, known)}" for name in values if name not in known]
+    wrong = {name: mismatch(value, types[name]) for name, value in values.items() if name in known}
+    problems += [f"option {name!r}: {reason}" for name, reason in wrong.items() if reason is not None]
+    if problems:
+        raise OptionError(f"{what}: {'; '.join(problems)}")
     return cls(**values)
 
 

@@ -24,6 +24,8 @@ from irc.frontend.explain import explain
 from irc.frontend.frontends import leaf_names
 
 Position = tuple[int, int]
+# The second one prints the traceback of every shape that does not fit, which is what the exception says, too.
+_LOGGED_FROM = {"torch.export": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
 
 
 def export(arranged: Arranged, model: nn.Module) -> tuple[ExportedProgram, list[Any]]:
@@ -123,12 +125,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Export's own warnings, logs and printed graphs are about its internals; failures arrive as exceptions."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {logging.getLogger(name): level for name, level in _LOGGED_FROM.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)

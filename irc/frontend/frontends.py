@@ -27,7 +27,8 @@ def arrange(model: nn.Module, inputs: Any, dynamic: Any, frontend: str) -> Arran
         if inputs is None and required_arguments(model):
             raise CaptureError(
                 f"{type(model).__name__} needs example inputs ({', '.join(required_arguments(model))})\n"
-                "  try: irc.capture(model, (x,)) with a tensor of the right shape and type"
+                "  try: irc.capture(model, (x,)) with a tensor of the right shape and type;"
+                " on the command line, FILE.py:NAME may be a function that returns (model, (x,))"
             )
         arranged = Arranged(model, *_drop_none(model, args, kwargs), names={}, metadata={"frontend": "torch"})
         arranged.strict = dynamic is not None

@@ -1,12 +1,14 @@
 """Layered drawing of a directed acyclic graph (Sugiyama, Tagawa & Toda 1981).
 
 Layers by longest path, long edges split by dummy vertices, crossings reduced by barycentre sweeps,
-then horizontal coordinates pulled towards the neighbours while keeping a minimum distance.
+then horizontal coordinates pulled towards the neighbours while keeping a minimum distance. The dummies of an edge
+are pulled towards one another, so that it runs straight down; what it passes stays in line with its own neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+import math
+from collections.abc import Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
@@ -14,6 +16,7 @@ import networkx as nx
 Vertex = Hashable
 _ORDER_SWEEPS = 12
 _ALIGN_SWEEPS = 60
+_PULL_OF_BEND = 0.15  # of a long edge on the vertices at its ends, and of these on it; a short edge's is 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def layered_layout(
     _order_rows(expanded, rows)
     # A dummy is a line, not a box: it needs little room.
     room = {v: widths.get(v, gap) for v in expanded.nodes}
-    x = _coordinates(expanded, rows, room, gap)
+    x = _coordinates(expanded, rows, room, gap, chains)
     bends = {edge: [(x[v], layer[v]) for v in chain] for edge, chain in chains.items()}
     return Layout({v: x[v] for v in graph.nodes}, {v: layer[v] for v in graph.nodes}, bends)
 
@@ -96,8 +99,10 @@ def _order_rows(graph: nx.DiGraph, rows: list[list[Vertex]]) -> None:
 
 
 def _coordinates(
-    graph: nx.DiGraph, rows: list[list[Vertex]], widths: Mapping[Vertex, float], gap: float
-) -> dict[Vertex, float]:
+    graph: nx.DiGraph, rows: list[list[Vertex]], widths: Mapping[Vertex, float], gap: float,
+    chains: Mapping[tuple[Vertex, Vertex], list[Vertex]],
+) -> dict[Vertex, float]:  # fmt: skip
+    chain_of = {dummy: edge for edge, chain in chains.items() for dummy in chain}
     x: dict[Vertex, float] = {}
     for row in rows:
         cursor = 0.0
@@ -110,11 +115,71 @@ def _coordinates(
         for row in rows if sweep % 2 == 0 else reversed(rows):
             wanted = {}
             for vertex in row:
-                near = [*graph.predecessors(vertex), *graph.successors(vertex)]
-                wanted[vertex] = sum(x[n] for n in near) / len(near) if near else x[vertex]
+                pulls = _pulls(graph, vertex, x, chains, chain_of)
+                total = sum(pull for _, pull in pulls)
+                wanted[vertex] = sum(place * pull for place, pull in pulls) / total if pulls else x[vertex]
             _separate(row, wanted, widths, gap)
             x.update(wanted)
+    _straighten(rows, x, widths, gap, [*_lines(graph, chain_of), *chains.values()])
     return x
+
+
+def _lines(graph: nx.DiGraph, bends: Container[Vertex]) -> list[list[Vertex]]:
+    """Runs of vertices that follow one another without a branch, long edges aside."""
+    below, above = {}, {}
+    for vertex in graph.nodes:
+        users = [n for n in graph.successors(vertex) if n not in bends]
+        if vertex not in bends and len(users) == 1:
+            below[vertex] = users[0]
+    for vertex in graph.nodes:
+        sources = [n for n in graph.predecessors(vertex) if n not in bends]
+        if len(sources) == 1 and below.get(sources[0]) == vertex:
+            above[vertex] = sources[0]
+    lines = []
+    for first in graph.nodes:
+        line = [first]
+        while first not in above and above.get(below.get(line[-1])) == line[-1]:
+            line.append(below[line[-1]])
+        if len(line) > 1:
+            lines.append(line)
+    return lines
+
+
+def _straighten(
+    rows: list[list[Vertex]], x: dict[Vertex, float], widths: Mapping[Vertex, float], gap: float,
+    columns: Iterable[list[Vertex]],
+) -> None:  # fmt: skip
+    """Put the vertices of a column below one another where there is room for that between their neighbours."""
+    sides: dict[Vertex, tuple[Vertex | None, Vertex | None]] = {}
+    for row in rows:
+        sides |= zip(row, zip([None, *row[:-1]], [*row[1:], None], strict=True), strict=True)
+    for column in columns:
+        low, high = -math.inf, math.inf
+        for vertex in column:
+            before, after = sides[vertex]
+            if before is not None:
+                low = max(low, x[before] + (widths[before] + widths[vertex]) / 2 + gap)
+            if after is not None:
+                high = min(high, x[after] - (widths[after] + widths[vertex]) / 2 - gap)
+        if column and low <= high:
+            place = min(max(sum(x[vertex] for vertex in column) / len(column), low), high)
+            x.update(dict.fromkeys(column, place))
+
+
+def _pulls(
+    graph: nx.DiGraph, vertex: Vertex, x: Mapping[Vertex, float],
+    chains: Mapping[tuple[Vertex, Vertex], list[Vertex]], chain_of: Mapping[Vertex, tuple[Vertex, Vertex]],
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Where a vertex is pulled to, and how strongly."""
+    if vertex in chain_of:
+        source, target = chain_of[vertex]
+        chain = chains[source, target]
+        return [
+            (sum(x[dummy] for dummy in chain) / len(chain), 1.0),
+            ((x[source] + x[target]) / 2, _PULL_OF_BEND),
+        ]
+    near = [*graph.predecessors(vertex), *graph.successors(vertex)]
+    return [(x[n], _PULL_OF_BEND if n in chain_of else 1.0) for n in near]
 
 
 def _separate(row: list[Vertex], wanted: dict[Vertex, float], widths: Mapping[Vertex, float], gap: float) -> None:

@@ -5,7 +5,6 @@ One box an operation, with its result type and the weights it reads; colours by 
 
 from __future__ import annotations
 
-import itertools
 import operator
 import os
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from irc.view.layout import layered_layout
 
 FORMATS = ("svg", "png", "pdf")
 _MAX_BOXES = 600
-_LINE, _BOX_PAD, _ROW_GAP, _CHAR, _COLUMN_GAP = 0.17, 0.09, 0.34, 0.088, 0.3
+_LINE, _BOX_PAD, _ROW_GAP, _CHAR, _TITLE_CHAR, _COLUMN_GAP = 0.17, 0.09, 0.34, 0.088, 0.105, 0.3
 
 # Fill colours by kind of operation; ink is the same dark grey everywhere.
 _KINDS = (
@@ -38,6 +37,8 @@ _KINDS = (
     ("position", "#cde8e5", ("rope",)),
     ("pointwise", "#e8e8ee", ()),
 )
+# What more operations than these read is named beside each of them: lines from one place to everywhere are unreadable.
+_MOST_LINES = 4
 _MOVEMENT = frozenset(
     [
         "view",
@@ -116,12 +117,16 @@ def _boxes(program: Program, layer: str | None) -> dict[str, _Box]:
     for node in chosen:
         weights = [w for w in node.all_input_nodes if w.op == "get_attr"]
         lines = [_title(node), _type(program, node)]
-        lines += [f"{_short(str(w.target))} {_type(program, w)}" for w in weights]
+        lines += [f"{_short(str(w.target), layer)} {_type(program, w)}" for w in weights]
+        if len(set(_tensor_users(node))) > _MOST_LINES and node.name != lines[0]:
+            lines[0] += f" → {node.name}"
         box = boxes[node.name] = _Box([line for line in lines if line], _colour(node))
         for source in _tensor_sources(node):
-            box.inputs.append(source.name)
-            if source not in inside and source.name not in boxes:
-                boxes[source.name] = _Box([source.name, _type(program, source)], "none")
+            spread = len(set(_tensor_users(source))) > _MOST_LINES
+            name = f"{source.name} of {node.name}" if spread else source.name
+            box.inputs.append(name)
+            if name not in boxes and (spread or source not in inside):
+                boxes[name] = _Box([source.name, _type(program, source)], "none")
     results = {n for out in program.outputs if isinstance(out, fx.Node) for n in [_producer(out)]}
     for node in chosen:
         outside = [u for u in _tensor_users(node) if u not in inside]
@@ -166,8 +171,12 @@ def _type(program: Program, node: fx.Node) -> str:
     return program.type_text(node) if isinstance(node.meta.get(VAL), Tensor) else ""
 
 
-def _short(name: str, limit: int = 26) -> str:
-    return name if len(name) <= limit else "…" + name[-limit + 1 :]
+def _short(name: str, layer: str | None, limit: int = 26) -> str:
+    """The name within the layer, without its first parts where it is long."""
+    short = name.removeprefix(f"{layer}.")
+    while len(short) > limit and "." in short:
+        short = short.partition(".")[2]
+    return short if name.endswith(f"{layer}.{short}") or short == name else f"…{short}"
 
 
 def _under(path: str, layer: str) -> bool:
@@ -206,7 +215,8 @@ def _figure(boxes: dict[str, _Box], title: str) -> Figure:
     right = max(layout.x[n] + b.width / 2 for n, b in boxes.items())
     bends = [x for points in layout.bends.values() for x, _ in points]
     left, right = min([left, *bends]) - 0.3, max([right, *bends]) + 0.3
-    right = max(right, left + 6.5)
+    legend = sum(_legend_width(label) for label, _ in _legend_entries(boxes))
+    right = max(right, left + 0.5 + max(legend, len(title) * _TITLE_CHAR))
     top, bottom = 0.75, -cursor - 0.1
     figure = Figure(figsize=(right - left, top - bottom))
     FigureCanvasAgg(figure)
@@ -217,24 +227,35 @@ def _figure(boxes: dict[str, _Box], title: str) -> Figure:
     axes.text(left + 0.25, top - 0.2, title, fontsize=12, fontweight="bold", va="center", color="#222222")
     _legend(axes, left + 0.25, top - 0.48, boxes)
     for source, target in edges:
-        points = [(layout.x[source], centre[layout.layer[source]] - boxes[source].height / 2)]
-        points += [(x, centre[row]) for x, row in layout.bends[source, target]]
-        points.append((layout.x[target], centre[layout.layer[target]] + boxes[target].height / 2))
-        _edge(axes, points)
+        first, last = layout.layer[source], layout.layer[target]
+        passed = [(x, centre[row], heights[row] / 2) for x, row in layout.bends[source, target]]
+        # Straight down beside boxes, sideways only between rows: so that no line crosses a box.
+        _edge(axes, [
+            (layout.x[source], centre[first] - boxes[source].height / 2, centre[first] - heights[first] / 2),
+            *((x, middle + half, middle - half) for x, middle, half in passed),
+            (layout.x[target], centre[last] + heights[last] / 2, centre[last] + boxes[target].height / 2),
+        ])  # fmt: skip
     for name, box in boxes.items():
         _box(axes, box, layout.x[name], centre[layout.layer[name]])
     return figure
 
 
-def _legend(axes: Axes, x: float, y: float, boxes: dict[str, _Box]) -> None:
+def _legend_entries(boxes: dict[str, _Box]) -> list[tuple[str, str]]:
     used = {box.colour for box in boxes.values()}
-    for label, colour, _ in _KINDS:
-        if colour in used:
-            axes.add_patch(
-                FancyBboxPatch((x, y - 0.06), 0.14, 0.12, boxstyle="round,pad=0.01", fc=colour, ec="#888888", lw=0.6)
-            )
-            axes.text(x + 0.22, y, label, fontsize=7.5, va="center", color="#444444")
-            x += 0.42 + len(label) * 0.068
+    return [(label, colour) for label, colour, _ in _KINDS if colour in used]
+
+
+def _legend_width(label: str) -> float:
+    return 0.42 + len(label) * 0.058
+
+
+def _legend(axes: Axes, x: float, y: float, boxes: dict[str, _Box]) -> None:
+    for label, colour in _legend_entries(boxes):
+        axes.add_patch(
+            FancyBboxPatch((x, y - 0.06), 0.14, 0.12, boxstyle="round,pad=0.01", fc=colour, ec="#888888", lw=0.6)
+        )
+        axes.text(x + 0.22, y, label, fontsize=7.5, va="center", color="#444444")
+        x += _legend_width(label)
 
 
 def _box(axes: Axes, box: _Box, x: float, y: float) -> None:
@@ -252,14 +273,17 @@ def _box(axes: Axes, box: _Box, x: float, y: float) -> None:
                   family="monospace", ha="center", va="center", color=colour)  # fmt: skip
 
 
-def _edge(axes: Axes, points: list[tuple[float, float]]) -> None:
-    vertices, codes = [points[0]], [Curve.MOVETO]
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        middle = (y0 + y1) / 2
-        vertices += [(x0, middle), (x1, middle), (x1, y1)]
-        codes += [Curve.CURVE4] * 3
+def _edge(axes: Axes, posts: list[tuple[float, float, float]]) -> None:
+    """A line through vertical posts (x, upper end, lower end), curved between one and the next."""
+    x, upper, lower = posts[0]
+    vertices, codes = [(x, upper), (x, lower)], [Curve.MOVETO, Curve.LINETO]
+    for x1, upper, following in posts[1:]:
+        middle = (lower + upper) / 2
+        vertices += [(x, middle), (x1, middle), (x1, upper), (x1, following)]
+        codes += [Curve.CURVE4] * 3 + [Curve.LINETO]
+        x, lower = x1, following
     axes.add_patch(PathPatch(Curve(vertices, codes), fc="none", ec="#8a8a94", lw=0.9, zorder=0))
-    x, y = points[-1]
+    y = lower
     axes.add_patch(
         PathPatch(Curve([(x - 0.035, y + 0.08), (x, y), (x + 0.035, y + 0.08)]), fc="none", ec="#8a8a94", lw=0.9)
     )

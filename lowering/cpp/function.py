@@ -55,11 +55,12 @@ class PrintedEpilogue:
     """What a template does with its result, as a C++ lambda `(int64_t m, int64_t n0, int64_t n1, const float* values)`.
 
     Attributes:
-        text: the lambda.
+        text: the lambda; with `takes_sums` the declaration of an `epilogue` that takes sums from the registers.
         parameters, arguments, sizes: what it uses, as of `PrintedFunction`.
     """
 
     text: str
     parameters: tuple[str, ...]
-    arguments: tuple[Buffer, ...]
+    arguments: tuple[Buffer | str, ...]
     sizes: tuple[sympy.Symbol, ...]
+    takes_sums: bool = False

@@ -169,8 +169,11 @@ def check(program: Program, options: CpuOptions) -> Coverage:
     coverage.fallbacks = [Concern(op, count, reason) for (op, reason), count in fallbacks.items()]
     coverage.refused = [Concern(op, count, reason) for (op, reason), count in refused.items()]
     for node in program.placeholders:
-        if not isinstance(node.meta.get(VAL), Tensor):
+        value = node.meta.get(VAL)
+        if not isinstance(value, Tensor):
             coverage.refused.append(Concern("input", 1, f"{node.target} is no tensor"))
+        elif (reason := _why_not_type(value)) is not None:
+            coverage.refused.append(Concern("input", 1, f"{node.target} has {reason}"))
     return coverage
 
 
@@ -185,8 +188,9 @@ def _constant(node: fx.Node) -> bool:
 def _why_not(program: Program, definer: Definer, node: fx.Node) -> str | None:
     value = node.meta.get(VAL)
     for one in value if isinstance(value, (tuple, list)) else [value]:
-        if isinstance(one, Tensor) and (one.is_complex() or dtype_name(one.dtype) not in ITEM_BYTES):
-            return f"numbers of type {one.dtype}"
+        reason = _why_not_type(one) if isinstance(one, Tensor) else None
+        if reason is not None:
+            return reason
     if op_name(node) in _STATEMENTS:
         return None
     definition = definition_of(node)
@@ -194,6 +198,11 @@ def _why_not(program: Program, definer: Definer, node: fx.Node) -> str | None:
         return "no definition of the operation by element"
     reader = next((user for user in node.users), node) if isinstance(value, (tuple, list)) else node
     return definition.refuses(Call(definer, reader if isinstance(value, (tuple, list)) else node))
+
+
+def _why_not_type(value: Tensor) -> str | None:
+    printed = not value.is_complex() and dtype_name(value.dtype) in ITEM_BYTES
+    return None if printed else f"numbers of type {value.dtype}"
 
 
 def _require_printable(schedule: Schedule) -> None:

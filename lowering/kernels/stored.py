@@ -3,8 +3,8 @@
 1. From the outputs backwards: what is needed, and by whom. Views have no readers of their own: who reads a view
    reads what is under it.
 2. A value gets memory when a template makes or reads it, when it is an output, when several read it and computing
-   it again costs more than a load, or when it walks many elements and its reader would do so again and again.
-   Everything else is computed inside its reader.
+   it again costs more than a load, when it walks many elements and its reader would do so again and again, or when
+   one template leaves it in 8 bits for a sum with another one's result. Everything else is computed inside its reader.
 """
 
 from __future__ import annotations
@@ -109,9 +109,36 @@ class Demand:
             return False  # a view that a template reads gets memory when it turns out not to be dense
         if node in self.pointers or any(node in _bases(r, self.sites) for r in readers if r in self.sites):
             return True
+        if self._joins_templates(node):
+            return True
         if node in self._heavy:
             return len(readers) > 1 or any(not self._may_hold_reduction(r) for r in readers)
         return len(readers) > 1 and not self._cheap(node)
+
+    def _joins_templates(self, node: fx.Node) -> bool:
+        """A template's result that is quantized, and dequantized beside another template's result.
+
+        Both could be done where it is read; but so its own epilogue writes small numbers.
+        """
+        if op_name(node) != "irc.quantize" or not self._made_by_template(node.all_input_nodes[0]):
+            return False
+        return any(
+            self._made_by_template(operand)
+            for restored in self.readers.get(node, [])
+            if op_name(restored) == "irc.dequantize"
+            for reader in self.readers.get(restored, [])
+            if self._may_hold_reduction(reader)
+            for operand in reader.all_input_nodes
+            if operand is not restored
+        )
+
+    def _made_by_template(self, node: fx.Node) -> bool:
+        """Elementwise from the result of a template."""
+        if node in self.sites:
+            return True
+        definition = definition_of(node)
+        pointwise = definition is not None and definition.kind == "pointwise" and node not in self.stored
+        return pointwise and any(self._made_by_template(operand) for operand in node.all_input_nodes)
 
     def _may_hold_reduction(self, reader: fx.Node) -> bool:
         definition = definition_of(reader)

@@ -24,11 +24,12 @@ _PRODUCTS = frozenset(
     }
 )  # fmt: skip
 _VIEWS = frozenset({aten.view.default, aten.reshape.default})
+_SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One operand of a layer: `linear`, `convolution` or `attention`, and which of its arguments."""
+    """One operand of a `linear` layer, `convolution`, `attention` or `residual` sum, and which of its arguments."""
 
     node: fx.Node
     argument: str
@@ -57,13 +58,26 @@ class ActivationSite:
         return self.readers[0].where
 
 
-def find_activation_sites(program: Program, *, attention: bool, float_weights: bool) -> Iterator[ActivationSite | Skip]:
+def find_activation_sites(
+    program: Program, *, attention: bool, float_weights: bool, residuals: bool = False
+) -> Iterator[ActivationSite | Skip]:
     """Each value that layers multiply, with all layers that do, in graph order; or why an operation is left alone.
 
-    What is dequantized already is no site. `float_weights`: also layers whose weight is not quantized.
+    What is dequantized already is no site.
+
+    Args:
+        float_weights: also layers whose weight is not quantized.
+        residuals: also what is added to the result of a convolution.
     """
     readers: dict[fx.Node, list[Reader]] = {}
     for node in program.graph.nodes:
+        if residuals and node.target in _SUMS:
+            added = _residual(node, float_weights)
+            if isinstance(added, Skip):
+                yield added
+            elif added is not None:
+                readers.setdefault(arguments(node)[added.argument], []).append(added)
+            continue
         reason = _why_not(node, attention=attention, float_weights=float_weights)
         if reason is not None:
             yield Skip.at(node, reason)
@@ -83,6 +97,37 @@ def is_quantized_weight(node: object) -> bool:
     return isinstance(node, fx.Node) and (
         is_irc_op(node.target, "dequantize") or is_irc_op(node.target, "fake_quantize")
     )
+
+
+def _residual(node: fx.Node, float_weights: bool) -> Reader | Skip | None:
+    """The operand of a sum with a convolution's result that has to be in memory when the sum is made.
+
+    That is the earlier one: the other one's convolution can add it to its own sums before they leave the processor.
+    None: no sum of images.
+    """
+    args = arguments(node)
+    operands = [args["self"], args["other"]]
+    if not all(isinstance(value, fx.Node) and _is_image(value) for value in operands):
+        return None
+    convolutions = [
+        name
+        for name, value in zip(("self", "other"), operands, strict=True)
+        if _is_convolution(value) and list(value.users) == [node]
+        and (float_weights or is_quantized_weight(arguments(value)["weight"]))
+    ]  # fmt: skip
+    if not convolutions or operands[0] is operands[1]:
+        return Skip.at(node, "neither operand is a quantized convolution's result that nobody else reads")
+    if args.get("alpha", 1) != 1 or operands[0].meta[VAL].shape != operands[1].meta[VAL].shape:
+        return Skip.at(node, "is no plain sum of two alike")
+    order = {value: i for i, value in enumerate(node.graph.nodes) if value in operands}
+    last = max(convolutions, key=lambda name: order[args[name]])
+    first = "other" if last == "self" else "self"
+    return Reader(node, first, "residual") if _is_activation(args[first]) else None
+
+
+def _is_image(value: fx.Node) -> bool:
+    fake = value.meta.get(VAL)
+    return isinstance(fake, Tensor) and fake.is_floating_point() and fake.ndim == 4 and value.op != "get_attr"
 
 
 def _operands(node: fx.Node) -> list[Reader]:

@@ -34,6 +34,7 @@ from irc.core.formats import QuantFormat
 from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
+from irc.passes.fuse._layers import arguments
 from irc.passes.quantize._activation_sites import ActivationSite, find_activation_sites
 from irc.passes.quantize._calibrate import Uncalibrated, calibrate, uncalibrated_parts
 from irc.passes.quantize.observers import OBSERVERS, make_observer
@@ -67,6 +68,8 @@ class QuantizeActivations(Pass):
         percentile: what the percentile observer keeps, in percent.
         include_attention: also query, key and value of attention.
         float_weights: also layers whose weight is not quantized.
+        include_residuals: also what is added to the result of a convolution, as targets that keep images in 8 bits do:
+            the operand that is there first, so that the other one's convolution adds it to its own sums. Static only.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -77,6 +80,7 @@ class QuantizeActivations(Pass):
     percentile: float = 99.99
     include_attention: bool = True
     float_weights: bool = False
+    include_residuals: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -90,6 +94,10 @@ class QuantizeActivations(Pass):
             problems.append(f"percentile must be above 50 and at most 100, not {self.percentile!r}")
         if self.mode == "dynamic" and self.symmetric is False:
             problems.append("dynamic scales are symmetric: symmetric=False needs mode='static'")
+        if self.mode == "dynamic" and self.include_residuals:
+            problems.append(
+                "residual sums of images have no tokens to scale one by one: include_residuals needs static scales"
+            )
         if problems:
             raise OptionError(f"{self.name}: " + "; ".join(problems))
 
@@ -115,8 +123,11 @@ class QuantizeActivations(Pass):
         sites: dict[fx.Node, ActivationSite] = {}
         counts: Counter[str] = Counter()
         for site in list(
-            find_activation_sites(program, attention=self.include_attention, float_weights=self.float_weights)
-        ):
+            find_activation_sites(
+                program, attention=self.include_attention, float_weights=self.float_weights,
+                residuals=self.include_residuals,
+            )
+        ):  # fmt: skip
             problem = site if isinstance(site, Skip) else self._why_not(site)
             if problem is not None:
                 skips.append(problem)
@@ -131,9 +142,10 @@ class QuantizeActivations(Pass):
         lost = calibrate(program, waiting, make, ctx, self.name, measure=self.mode == "auto")
         for quantized, share in lost.items():
             site = sites[quantized]
-            if share > _MOST_LOST_STATIC * 2 ** (8 - self.bits) and "convolution" not in site.kinds:
+            if share > _MOST_LOST_STATIC * 2 ** (8 - self.bits) and not site.kinds & {"convolution", "residual"}:
                 self._make_dynamic(program, quantized, site)
                 counts["dynamic_values"] += 1
+        counts.update("pooled_values" for quantized in sites if _quantize_before_pooling(program, quantized))
         program.erase_dead()
         matches = counts["values"]
         return PassResult(program, matches=matches, skips=skips, modified=matches > 0, statistics=dict(counts))
@@ -171,6 +183,8 @@ class QuantizeActivations(Pass):
 
     def _quantize(self, program: Program, site: ActivationSite, form: QuantFormat) -> fx.Node:
         value, first, ops, text = site.value, site.readers[0].node, torch.ops.irc, str(form)
+        if "residual" in site.kinds and value.op == "call_function":
+            first = value.next  # there when a convolution between it and the sum makes the sum
         parts: list[fx.Node | None]
         if form.per_tensor:
             parts = uncalibrated_parts(program, value, form, first)
@@ -184,6 +198,35 @@ class QuantizeActivations(Pass):
         for reader in site.readers:
             reader.node.replace_input_with(value, restored)
         return quantized
+
+
+def _quantize_before_pooling(program: Program, quantized: fx.Node) -> bool:
+    """quantize(max_pool2d(relu(x))) → quantize(max_pool2d(dequantize(quantize(relu(x))))), with the same scale; whether
+    it was done.
+
+    Exact: rounding and clamping keep order, so the largest of the rounded is the largest one rounded. What makes x can
+    store it in 8 bits. Only where nothing else reads it or the pool.
+    """
+    ops, (pool, *parts) = torch.ops.irc, quantized.args[:3]
+    if not isinstance(pool, fx.Node) or pool.target is not torch.ops.aten.max_pool2d.default or len(pool.users) != 1:
+        return False
+    x = pool.args[0]
+    if not isinstance(x, fx.Node) or not _is_relu(x) or len(x.users) != 1 or x.meta[VAL].ndim != 4:
+        return False
+    (restored,) = quantized.users
+    for part in parts:
+        if isinstance(part, fx.Node):
+            pool.prepend(part)  # a weight: it may stand anywhere
+    stored = program.insert(ops.quantize.default, x, *parts, before=pool, format=quantized.kwargs["format"])
+    options: dict[str, Any] = dict(restored.kwargs)
+    again = program.insert(ops.dequantize.default, stored, *parts, before=pool, **options)
+    pool.replace_input_with(x, again)
+    return True
+
+
+def _is_relu(node: fx.Node) -> bool:
+    fused = is_irc_op(node.target, "conv_activation") and arguments(node)["activation"] == "relu"
+    return fused or node.target is torch.ops.aten.relu.default
 
 
 def _lost(program: Program, known: set[str], bits: int) -> Iterator[Finding]:

@@ -22,8 +22,11 @@ CASES = (
     (_problem(70, kernel=(3, 3), stride=(2, 2), padding=(1, 1)), 9, 12),
     (_problem(3, kernel=(2, 4), stride=(1, 3), padding=(1, 2), dilation=(2, 1)), 7, 8),
     (_problem(64, kernel=(2, 2), stride=(2, 2), activation="bf16"), 4, 4),
+    (_problem(70, kernel=(3, 3), stride=(2, 2), padding=(1, 1), activation="u8"), 9, 12),
+    (_problem(70, kernel=(3, 2), padding=(1, 1), activation="i8"), 5, 6),
 )
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8, "i8": torch.int8}
+TYPES = {**C_TYPES, "u8": "uint8_t", "i8": "int8_t"}
 
 
 def _function(name: str, problem: ConvProblem) -> str:
@@ -34,7 +37,7 @@ def _function(name: str, problem: ConvProblem) -> str:
     )
     call = template.call(problem, {key: key for key in ("worker", "x", *sizes)}, epilogue)
     return (
-        f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x,'
+        f'extern "C" void {name}(int threads, const {TYPES[problem.activation]}* x,'
         f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out) {{\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{call}    }};\n    pool(threads).run(body);\n}}"
     )
@@ -51,8 +54,12 @@ def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
 def test_equals_pytorch(kernels: ctypes.CDLL, index: int) -> None:
     problem, height, width = CASES[index]
     x = torch.randn(2, problem.channels, height, width, generator=torch.Generator().manual_seed(index))
+    if problem.activation in ("u8", "i8"):
+        x = (50 * x).clamp(*((0, 255) if problem.activation == "u8" else (-128, 127)))
+        x[0, 2, :, :] = x.min()
+    else:
+        x[0, 0, 1, 1], x[1, 1, 2, 0], x[0, 2, :, :] = torch.nan, torch.inf, -torch.inf
     x = x.to(DTYPES[problem.activation])
-    x[0, 0, 1, 1], x[1, 1, 2, 0], x[0, 2, :, :] = torch.nan, torch.inf, -torch.inf
     given = x.permute(0, 2, 3, 1).contiguous()
     wanted = torch.nn.functional.max_pool2d(
         x.float(), problem.kernel, problem.stride, problem.padding, problem.dilation

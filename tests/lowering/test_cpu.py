@@ -157,6 +157,8 @@ def test_what_is_not_supported_is_listed() -> None:
     ]
     with pytest.raises(TargetError, match=r"aten\.sort × 1"):
         CPU.lower(program)
+    complex_input = capture(nn.Identity(), (torch.randn(3).to(torch.complex64),), name="same")
+    assert [c.reason for c in CPU.check(complex_input).refused] == ["input has numbers of type torch.complex64"]
 
 
 def _program(module: nn.Module, *inputs: Tensor) -> Program:

@@ -19,10 +19,12 @@ from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.kernels.fusion import make_schedule
 from irc.lowering.kernels.sites import TemplateCall
+from tests.passes.test_quantize_activations import Residual
 
 CPU = get_target("cpu")
 QUICK = {"threads": 2, "flags": ("-O1",)}
 PASSES = "fold-conv-batch-norm,quantize-weights{bits=%d,group-size=none,include-convolutions=true},quantize-activations"
+RESIDUALS, SIGNED = "{include-residuals=true}", "{include-residuals=true,symmetric=true}"
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler (g++ or clang++)")
 
 
@@ -48,18 +50,22 @@ class Block(nn.Module):
 
 
 @functools.cache
-def quantized(bits: int = 8) -> tuple[Program, Tensor]:
+def quantized(bits: int = 8, options: str = "") -> tuple[Program, Tensor]:
     torch.manual_seed(1)
     x = torch.randn(2, 3, 37, 30)
     program = capture(Block().eval(), (x,), name="block", dynamic=({0: "B"},))
     ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
-    return irc.PassManager(PASSES % bits, verify="off", ctx=ctx).run(program).program, x
+    return irc.PassManager(PASSES % bits + options, verify="off", ctx=ctx).run(program).program, x
+
+
+def _calls(program: Program) -> list[TemplateCall]:
+    chosen = matchers(CpuOptions())
+    own, _ = fold_constants(program, chosen)
+    return [step for step in make_schedule(own, chosen).steps if isinstance(step, TemplateCall)]
 
 
 def _kinds(program: Program) -> list[str]:
-    chosen = matchers(CpuOptions())
-    own, _ = fold_constants(program, chosen)
-    return [step.site.kind for step in make_schedule(own, chosen).steps if isinstance(step, TemplateCall)]
+    return [call.site.kind for call in _calls(program)]
 
 
 def test_layers_over_integers_run_as_integers() -> None:
@@ -67,9 +73,26 @@ def test_layers_over_integers_run_as_integers() -> None:
     assert sorted(_kinds(quantized()[0])) == ["conv2d", *["int8_product"] * 6, "max_pool2d"]
 
 
-@pytest.mark.parametrize(("isa", "bits"), [(None, 8), (None, 7), ("plain", 8)])
-def test_same_numbers_as_the_reference(isa: str | None, bits: int) -> None:
-    program, x = quantized(bits)
+def test_images_stay_in_8_bits() -> None:
+    """Pooling, and a residual sum with what it reads: all but the last one, which no convolution reads."""
+    x = torch.randn(1, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = capture(Residual().eval(), (x,))
+    calls = _calls(irc.PassManager(PASSES % 7 + RESIDUALS, verify="off", ctx=ctx).run(program).program)
+    assert [call.site.kind for call in calls] == ["int8_product", "max_pool2d", *["int8_product"] * 3]
+    assert [call.write.dtype for call in calls] == ["u8"] * 4 + ["f32"]
+    assert calls[1].reads[0].buffer.dtype == "u8"
+    for call in calls[3:]:  # the shortcut's convolution makes the first sum
+        assert "aten.add.Tensor" in {origin.op for origin in call.origins}
+        assert {buffer.dtype for buffer in call.extra_reads if buffer.kind == "temporary"} == {"u8"}
+
+
+@pytest.mark.parametrize(
+    ("isa", "bits", "options"),
+    [(None, 8, ""), (None, 7, RESIDUALS), ("plain", 8, SIGNED)],
+)
+def test_same_numbers_as_the_reference(isa: str | None, bits: int, options: str) -> None:
+    program, x = quantized(bits, options)
     artifact = CPU.lower(program, {"isa": isa, **QUICK})
     for given in (x, torch.randn(3, 3, 37, 30)):
         (wanted,), (found,) = program.run(given), artifact.run(given)

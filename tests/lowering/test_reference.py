@@ -56,7 +56,7 @@ def test_the_program_is_left_alone() -> None:
 def test_wrong_options() -> None:
     with pytest.raises(OptionError, match=r"no option 'devise'.*did you mean 'device'"):
         REFERENCE.lower(steps.cnn(), {"devise": "cpu"})
-    with pytest.raises(OptionError, match="dequantize must be load or step"):
+    with pytest.raises(OptionError, match="option 'dequantize': expected load or step, got 'never'"):
         REFERENCE.lower(steps.cnn(), {"dequantize": "never"})
     with pytest.raises(OptionError, match="is no device"):
         REFERENCE.lower(steps.cnn(), {"device": "abacus"})

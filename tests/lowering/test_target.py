@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import pytest
 import torch
 
 from irc.core.artifact_check import check_artifact
 from irc.core.errors import NumericError, OptionError, TargetError
-from irc.core.target import Concern, Coverage, Target, get_target, register_target, registered_targets
+from irc.core.target import (
+    Concern,
+    Coverage,
+    Target,
+    get_target,
+    read_options,
+    register_target,
+    registered_targets,
+)  # fmt: skip
 from tests.lowering import steps
 
 
@@ -19,6 +31,31 @@ def test_targets_register_themselves() -> None:
 def test_unknown_target_names_the_nearest() -> None:
     with pytest.raises(OptionError, match=r"no target is called 'refrence'.*did you mean 'reference'"):
         get_target("refrence")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of every kind."""
+
+    count: int | None = None
+    factor: float = 1.0
+    names: Sequence[str] = ()
+    mode: Literal["a", "b"] = "a"
+    whole: Mapping[str, str] | None = None
+    anything: Any = None
+
+
+def test_options_of_the_wrong_type_are_refused_together() -> None:
+    given = {"count": True, "factor": "2", "names": "ab", "mode": "c", "whole": [], "anything": 3, "cout": 1}
+    with pytest.raises(OptionError) as caught:
+        read_options(Settings, given, what="target x")
+    assert str(caught.value) == (
+        "target x: no option 'cout' (did you mean 'count'?); option 'count': expected int or none, got True;"
+        " option 'factor': expected float, got '2'; option 'names': expected list of text, got 'ab';"
+        " option 'mode': expected a or b, got 'c'; option 'whole': expected Mapping or none, got []"
+    )
+    right = {"count": 2, "factor": 2, "names": ["ab"], "mode": "b", "whole": {"a": "b"}}
+    assert read_options(Settings, right, what="target x") == Settings(**right)
 
 
 def test_two_targets_of_one_name_are_refused() -> None:

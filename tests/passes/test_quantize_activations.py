@@ -98,6 +98,63 @@ def test_dynamic_rewrite(mixed: Program) -> None:
     }
 
 
+class Residual(nn.Module):
+    """A pooled image, a sum with a shortcut's convolution, one with the image itself, and one of no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max_pool2d(torch.relu(self.stem(x)), 3, 2, 1)
+        x = torch.relu(self.first(x) + self.shortcut(x))
+        x = torch.relu(self.second(x) + x)
+        return x + torch.sigmoid(x)
+
+
+@pytest.fixture(scope="module")
+def residual() -> tuple[Program, Tensor]:
+    x = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
+    return irc.PassManager([INT8]).run(capture(Residual().eval(), (x,))).program, x
+
+
+def test_residual_sums(residual: tuple[Program, Tensor]) -> None:
+    program, x = residual
+    result = run(QuantizeActivations(include_residuals=True), program, x)
+    assert row_of(result).statistics == {
+        "convolution_operands": 4,
+        "residual_operands": 2,
+        "values": 4,
+        "pooled_values": 1,
+    }
+    assert "neither operand is a quantized convolution's result" in row_of(result).skips[0].reason
+    sums = [node for node in result.program.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    found = [[is_irc_op(operand.target, "dequantize") for operand in node.args] for node in sums]
+    # The earlier one; the image, which the convolution reads in 8 bits, too; nothing.
+    assert found == [[True, False], [False, True], [False, False]]
+    assert sums[1].args[1] in sums[1].args[0].all_input_nodes
+    order = list(result.program.graph.nodes)
+    assert order.index(sums[0].args[0]) < order.index(sums[0].args[1])  # in memory when the other one is computed
+    plain = run(QuantizeActivations(), program, x).program
+    difference = (result.program.run(x)[0] - plain.run(x)[0]).abs().max()
+    assert 0 < difference < 0.02 * plain.run(x)[0].abs().max()
+    with pytest.raises(OptionError, match="include_residuals needs static scales"):
+        QuantizeActivations(mode="dynamic", include_residuals=True)
+
+
+def test_pooling_of_integers_is_exact(residual: tuple[Program, Tensor]) -> None:
+    program, x = residual
+    after = run(QuantizeActivations(), program, x).program
+    (pool,) = (node for node in after.graph.nodes if node.target is torch.ops.aten.max_pool2d.default)
+    (behind,), before = pool.users, pool.args[0].args[0]
+    assert [part.target for part in before.args[1:]] == [part.target for part in behind.args[1:]]
+    wanted = after.run(3 * x)[0]  # beyond what was calibrated
+    pool.replace_input_with(pool.args[0], before.args[0])
+    assert torch.equal(after.run(3 * x)[0], wanted)
+
+
 class HeavyTail(nn.Module):
     """A layer over well-behaved values, and one over values that are twenty times as large for a few tokens."""
 

@@ -33,3 +33,15 @@ def test_chain_is_straight() -> None:
     layout = layered_layout("abc", [("a", "b"), ("b", "c")], dict.fromkeys("abc", 2.0), gap=1.0)
     assert max(layout.x.values()) - min(layout.x.values()) < 1e-6
     assert layout.layer == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_long_edge_runs_straight_beside_what_it_passes() -> None:
+    chain = ["in", "a", "b", "c", "d", "sum", "out"]
+    edges = [*itertools.pairwise(chain), ("in", "sum")]
+    layout = layered_layout(chain, edges, dict.fromkeys(chain, 2.0), gap=0.5)
+    beside = [x for x, _ in layout.bends["in", "sum"]]
+    assert len(beside) == 4
+    assert max(beside) - min(beside) < 1e-6
+    passed = [layout.x[v] for v in chain]
+    assert max(passed) - min(passed) < 1e-6
+    assert abs(beside[0] - passed[0]) >= 1.75 - 1e-9

@@ -13,12 +13,13 @@ from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem, shape_text
 
 INCLUDES = ("irc/window.h",)
+_KNOWN = (*C_TYPES, "u8", "i8")
 
 
 def refuses(problem: ConvProblem, isa: str) -> str | None:
     """Why the template cannot do the problem, or None. The same on every instruction set."""
-    if problem.activation not in C_TYPES:
-        return f"the largest of {problem.activation}; known: {', '.join(C_TYPES)}"
+    if problem.activation not in _KNOWN:
+        return f"the largest of {problem.activation}; known: {', '.join(_KNOWN)}"
     if not problem.depthwise:
         return "a window over several channels"
     return None

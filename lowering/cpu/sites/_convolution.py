@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
-from irc.lowering.cpp.function import PrintedFunction
+from irc.lowering.cpp.function import PrintedEpilogue, PrintedFunction
 from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates.conv2d import ROWS_AHEAD, ConvProblem
 from irc.lowering.cpu.sites._linear import function, matmul_body
@@ -74,6 +74,7 @@ class Convolution:
 def convolution_function(
     call: TemplateCall, template: ModuleType, args: Mapping[str, str], *, input_type: str, packed: str,
     sizes: set[sympy.Symbol], numbers: Mapping[str, int] = MappingProxyType({}),
+    epilogue: PrintedEpilogue | None = None,
 ) -> PrintedFunction:  # fmt: skip
     """The call of a template for convolutions behind its epilogue.
 
@@ -82,10 +83,11 @@ def convolution_function(
         input_type: of the activations, in C++.
         packed: name of the packed weights' place as C++.
         numbers: further arguments that differ between layers which are otherwise alike.
+        epilogue: None: that of the call, printed.
     """
     assert call.epilogue is not None
     problem = call.site.problem
-    epilogue = print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
+    epilogue = epilogue or print_epilogue(call.epilogue, ahead=ROWS_AHEAD)
     scratch = template.scratch_bytes(problem, 0, 1)
     names = ("worker", "x", "packed", *numbers, *(["scratch"] if scratch else []))
     parameters, arguments = [f"const {input_type}* x", "const uint8_t* packed"], [call.reads[0], packed]

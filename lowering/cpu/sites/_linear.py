@@ -91,5 +91,7 @@ def rows_text(rows: sympy.Expr) -> str:
 
 
 def matmul_body(epilogue: PrintedEpilogue, call: str) -> str:
-    """A matmul's call behind its epilogue, which it takes without its type (irc/columns.h)."""
+    """A matmul's call behind its epilogue, which it takes without its type (irc/columns.h) if that is a lambda."""
+    if epilogue.takes_sums:
+        return f"    const {epilogue.text};\n    {call}"
     return f"    const auto store = {epilogue.text};\n    const irc::Columns epilogue(store);\n    {call}"

@@ -62,6 +62,20 @@ class HistogramObserver(Observer):
         width = self.bin_width
         return (torch.arange(BINS, device=width.device) - _HALF + 0.5) * width.unsqueeze(1)
 
+    def occupied(self) -> tuple[Tensor, Tensor]:
+        """Counts f64 and middles f32 of the bins that hold something: [channels, most such bins of a channel].
+
+        A channel with fewer has counts of zero at the end. The rows of a weight fill few of the bins.
+        """
+        assert self.counts is not None
+        channel, place = self.counts.nonzero(as_tuple=True)
+        sizes = torch.bincount(channel, minlength=self.counts.shape[0])
+        column = torch.arange(len(channel), device=channel.device) - (sizes.cumsum(0) - sizes)[channel]
+        counts, centers = torch.zeros(2, len(sizes), int(sizes.max()), dtype=torch.float64, device=channel.device)
+        counts[channel, column] = self.counts[channel, place].double()
+        centers[channel, column] = self.centers()[channel, place].double()
+        return counts, centers.float()
+
     def magnitudes(self) -> Tensor:
         """Counts of |x| in bins of the same width from 0 on, i64[channels, BINS / 2]."""
         assert self.counts is not None

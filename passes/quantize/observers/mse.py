@@ -19,18 +19,16 @@ class MseObserver(HistogramObserver):
     """The seen range times the factor, of a hundred from 0.1 to 1, with the least mean squared error."""
 
     def _chosen(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.counts is not None
         if self.form.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        counts, centers = self.counts.double(), self.centers()
+        counts, centers = self.occupied()
         best = torch.full_like(low, torch.inf, dtype=torch.float64)
         factor = torch.ones_like(low)
         # From the whole range down, so that of equal candidates the one that clips least is kept.
         for candidate in torch.linspace(1.0, _SMALLEST, _CANDIDATES).tolist():
-            error = (counts * (self._rounded(centers, low * candidate, high * candidate) - centers).double() ** 2).sum(
-                1
-            )
+            off = (self._rounded(centers, low * candidate, high * candidate) - centers).double()
+            error = (counts * off * off).sum(1)
             better = error < best
             best, factor = torch.where(better, error, best), torch.where(better, candidate, factor)
         return low * factor, high * factor

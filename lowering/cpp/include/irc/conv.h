@@ -35,12 +35,13 @@ struct FloatProduct {
     using Sum = float;
     using Sums = f32x16;
     struct Ready {};
+    static constexpr int height = gemm_height, panels = gemm_panels;
     static constexpr int64_t step = Panel::step, block = gemm_depth;
     static constexpr int64_t step_bytes = step * 16 * static_cast<int64_t>(sizeof(Stored));
     FloatInputs inputs;
 
     static int64_t panel_bytes(int64_t places) { return Panel::bytes(places); }
-    static f32x16 none() { return zero(); }
+    static f32x16 start(int64_t) { return zero(); }
     static f32x16 load_sums(const float* from) { return load(from); }
     static const uint8_t* ready(const uint8_t* panel, int64_t, Ready&) { return panel; }
     template <int which, int H, int P, class Tile>
@@ -57,10 +58,14 @@ struct FloatProduct {
         }
     }
     template <int H, int P, class Tile>
-    static IRC_INLINE void multiply(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
+    static IRC_INLINE void multiply(const Tile& tile, int64_t length, const uint8_t* panel, int64_t panel_bytes,
                                     f32x16 (&sums)[H][P]) {
-        multiply_one<0>(tile, k, panel, panel_bytes, sums);
-        if constexpr (step == 2) multiply_one<1>(tile, k, panel, panel_bytes, sums);
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < length; k += step) {
+            multiply_one<0>(tile, k, panel, panel_bytes, sums);
+            if constexpr (step == 2) multiply_one<1>(tile, k, panel, panel_bytes, sums);
+            panel += step_bytes;
+        }
     }
     // Sums of channels n0 on (of all groups) as the epilogue gets them.
     static const float* finish(const float* sums, int64_t, int64_t, float*) { return sums; }

@@ -10,15 +10,18 @@
 // A product says how rows meet the packed weights:
 //
 //     Row, Sum, Sums         types of a row's numbers, of a finished sum, of 16 sums in registers
-//     step, block            places that are multiplied at a time (1, 2 or 4), and in a block
+//     height, panels         of a tile: rows, and panels of 16 columns
+//     step, block            places that are multiplied at a time (1 to 8), and in a block
 //     inputs                 how inputs become rows: outside(), copy(…), in_place<Input>()
 //     panel_bytes(places)    of 16 columns; places before a multiple of `step` lie in front of those behind
 //     ready(panel, …)        the panel as tiles read it
-//     multiply(…)            H rows × P panels × `step` places
+//     start(n)               what the sums of channels n to n + 16 start with
+//     multiply(…)            H rows × P panels × `length` places, a multiple of `step`
 //     finish(…)              what the epilogue gets
 //
 // The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m, soon after their last
-// tile, so that what it reads and writes overlaps with the arithmetic of the next.
+// tile, so that what it reads and writes overlaps with the arithmetic of the next. One that has `takes_sums` gets them
+// from the registers instead, as take(m, n, end, sums): channels n to min(n + 16, end) of pixel m.
 #pragma once
 
 #include <type_traits>
@@ -56,6 +59,14 @@ template <class Inputs, class Input, class Row>
 inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, const Input* end,
                           RunStart start, int64_t y, int64_t x, int64_t length, Row* to) {
     const int64_t width = shape.group_channels(), run = start.run;
+    const bool all = start.runs_a_row == 1 && length == run * shape.kernel_y;
+    if (all && y >= 0 && x >= 0 && x + shape.kernel_x <= shape.width &&
+        y + (shape.kernel_y - 1) * shape.dilation_y < shape.height) {
+        const Input* from = image + (y * shape.width + x) * shape.channels;
+        for (int64_t i = 0; i < shape.kernel_y; ++i, to += run, from += shape.dilation_y * shape.width * shape.channels)
+            inputs.copy(to, from, run, end - from);
+        return;
+    }
     for (int64_t done = 0; done < length;) {
         const int64_t at = start.at, count = min_of(run - at, length - done);
         const int64_t top = y + start.row * shape.dilation_y, left = x + start.column * shape.dilation_x;
@@ -80,15 +91,33 @@ inline void gather_window(const ConvShape& shape, const Inputs& inputs, const In
     }
 }
 
+// Rows of `piece` places, each `distance` behind the one before, as tiles read them.
+template <class Row, int64_t distance>
+struct DenseRows {
+    static constexpr int64_t pieces = 1;
+    const Row* first_row;
+    int64_t piece;
+
+    int64_t length(int64_t) const { return piece; }
+    template <int H>
+    struct Tile {
+        const Row* x;
+        IRC_INLINE const Row* at(int m, int64_t k) const { return x + m * distance + k; }
+    };
+    template <int H>
+    Tile<H> tile(int64_t, int64_t row) const {
+        return {first_row + row * distance};
+    }
+};
+
 // Rows of a block over `length` places from `place`, gathered: [rows][stride], zeros up to a multiple of `step`.
 template <class Product, class Input>
-struct GatheredRows {
+struct GatheredRows : DenseRows<typename Product::Row, Product::block + 16> {
     using Row = typename Product::Row;
-    static constexpr int64_t stride = Product::block + 16, pieces = 1;
+    static constexpr int64_t stride = Product::block + 16;
     alignas(64) Row rows[gemm_rows * stride];
-    int64_t padded;
 
-    GatheredRows(const ConvShape&, const Product&) {}
+    GatheredRows(const ConvShape&, const Product&) { this->first_row = rows; }
     static int64_t length_of(const ConvShape& shape, int64_t place) {
         return min_of(Product::block, shape.places() - place);
     }
@@ -97,24 +126,14 @@ struct GatheredRows {
         const int64_t image_size = shape.height * shape.width * shape.channels;
         const Input* end = input + shape.batch * image_size;
         const RunStart start(shape, place);
-        padded = round_up(length, Product::step);
+        this->piece = round_up(length, Product::step);
         Row* to = rows;
-        for (int64_t m = m0; m < m1; ++m, to += stride) {
-            const OutputPixel at(shape, m);
+        OutputPixel at(shape, m0);
+        for (int64_t m = m0; m < m1; ++m, at.next(shape), to += stride) {
             const Input* image = input + at.b * image_size + group * shape.group_channels();
             gather_window(shape, product.inputs, image, end, start, at.y, at.x, length, to);
-            for (int64_t k = length; k < padded; ++k) to[k] = 0;
+            for (int64_t k = length; k < this->piece; ++k) to[k] = 0;
         }
-    }
-    int64_t length(int64_t) const { return padded; }
-    template <int H>
-    struct Tile {
-        const Row* x;
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x + m * stride + k; }
-    };
-    template <int H>
-    Tile<H> tile(int64_t, int64_t first) const {
-        return {rows + first * stride};
     }
 };
 
@@ -151,16 +170,21 @@ struct RowsInPlace {
     }
     void fill(const ConvShape& shape, const Product&, const Row* input, int64_t group, int64_t m0, int64_t m1,
               int64_t place, int64_t length) {
-        const int64_t parts = shape.group_channels() / piece;
+        const int64_t parts = shape.group_channels() / piece, first = place / piece;
+        const Row* from = input + group * shape.group_channels();
         pieces = length / piece;
-        for (int64_t m = m0; m < m1; ++m) {
-            const OutputPixel at(shape, m);
+        OutputPixel at(shape, m0);
+        for (int64_t m = m0; m < m1; ++m, at.next(shape)) {
+            int64_t part = first % parts, j = first / parts % shape.kernel_x, i = first / parts / shape.kernel_x;
             for (int64_t p = 0; p < pieces; ++p) {
-                const int64_t number = place / piece + p, window = number / parts;
-                const int64_t pixel = at.under(shape, window / shape.kernel_x, window % shape.kernel_x);
-                rows[p][m - m0] = pixel < 0 ? outside
-                                            : input + pixel * shape.channels + group * shape.group_channels() +
-                                                  number % parts * piece;
+                const int64_t pixel = at.under(shape, i, j);
+                rows[p][m - m0] = pixel < 0 ? outside : from + pixel * shape.channels + part * piece;
+                if (++part < parts) continue;
+                part = 0;
+                if (++j == shape.kernel_x) {
+                    j = 0;
+                    ++i;
+                }
             }
         }
     }
@@ -179,30 +203,51 @@ struct RowsInPlace {
     }
 };
 
-// Rows [row, row + H) times P panels: totals [H][conv_group] += product, or = product.
-template <class Product, int H, int P, class Rows>
-inline void conv_tile(const Rows& rows, int64_t row, const uint8_t* panel, int64_t panel_bytes, bool first,
-                      typename Product::Sum* totals) {
+// Whether an epilogue takes sums from the registers.
+template <class Epilogue, class = void>
+constexpr bool takes_sums = false;
+template <class Epilogue>
+constexpr bool takes_sums<Epilogue, std::void_t<decltype(Epilogue::takes_sums)>> = true;
+
+// Where the sums of a tile come from and go to: channels from `channel` (of all groups) to `end`, row 0 is pixel `pixel`.
+template <class Product>
+struct TileSums {
+    typename Product::Sum* totals;  // [rows][conv_group]
+    bool first;                     // no block of places before
+    int64_t pixel, channel, end;
+};
+
+// Rows [row, row + H) times P panels: totals [H][conv_group] += product, or = product; or finished sums to the epilogue.
+template <class Product, int H, int P, class Rows, class Epilogue>
+inline void conv_tile(const Product& product, const Rows& rows, int64_t row, const uint8_t* panel, int64_t panel_bytes,
+                      const TileSums<Product>& at, const Epilogue& given) {
+    const Epilogue epilogue = given;  // what lies elsewhere has to be read again after each store
     typename Product::Sums sums[H][P];
+    typename Product::Sum* totals = at.totals + row * conv_group;
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p)
-            sums[m][p] = first ? Product::none() : Product::load_sums(totals + m * conv_group + 16 * p);
+            sums[m][p] = at.first ? product.start(at.channel + 16 * p) : Product::load_sums(totals + m * conv_group + 16 * p);
     for (int64_t piece = 0; piece < rows.pieces; ++piece) {
         const auto tile = rows.template tile<H>(piece, row);
         const int64_t length = rows.length(piece);
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < length; k += Product::step) {
-            Product::template multiply<H, P>(tile, k, panel, panel_bytes, sums);
-            panel += Product::step_bytes;
-        }
+        product.template multiply<H, P>(tile, length, panel, panel_bytes, sums);
+        panel += length / Product::step * Product::step_bytes;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) store(totals + m * conv_group + 16 * p, sums[m][p]);
+        for (int p = 0; p < P; ++p) {
+            if constexpr (takes_sums<Epilogue>)
+                epilogue.take(at.pixel + row + m, at.channel + 16 * p, at.end, sums[m][p]);
+            else
+                store(totals + m * conv_group + 16 * p, sums[m][p]);
+        }
 }
+
+// Sums stay in memory.
+struct KeepSums {};
 
 // Weights that are read soon, into the second-level cache. Reading ahead of the last ones is harmless.
 inline void fetch_later(const uint8_t* from, int64_t bytes) {
@@ -210,31 +255,42 @@ inline void fetch_later(const uint8_t* from, int64_t bytes) {
 }
 
 // All rows of a block times P panels of weights; after each tile done(first row, end).
-template <int P, class Product, class Rows, class Done>
+template <int P, class Product, class Rows, class Epilogue, class Done>
 inline void conv_panels(const Product& product, const Rows& rows, int64_t count, const uint8_t* panel,
-                        int64_t panel_bytes, int64_t length, bool first, typename Product::Sum* totals, const Done& done) {
+                        int64_t panel_bytes, int64_t length, const TileSums<Product>& at, const Epilogue& epilogue,
+                        const Done& done) {
     typename Product::Ready ready;
     const uint8_t* weights = product.ready(panel, length, ready);
-    const int64_t tiles = ceil_div(count, gemm_height), ahead = P * Product::panel_bytes(length) / tiles;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = count * tile / tiles, end = count * (tile + 1) / tiles;
-        fetch_later(panel + P * panel_bytes + tile * ahead, ahead);
-        with_height<gemm_height>(end - begin, [&](auto h) {
-            conv_tile<Product, decltype(h)::value, P>(rows, begin, weights, panel_bytes, first,
-                                                      totals + begin * conv_group);
+    const int64_t tiles = ceil_div(count, Product::height), ahead = P * Product::panel_bytes(length) / tiles;
+    const int64_t least = count / tiles, higher = count % tiles * (least + 1);
+    const uint8_t* next = panel + P * panel_bytes;
+    const auto run = [&](int64_t begin, int64_t end, int64_t height) {
+        with_height<Product::height>(height, [&](auto h) {
+            for (int64_t row = begin; row < end; row += h) {
+                fetch_later(next, ahead);
+                next += ahead;
+                conv_tile<Product, decltype(h)::value, P>(product, rows, row, weights, panel_bytes, at, epilogue);
+                done(row, row + h);
+            }
         });
-        done(begin, end);
-    }
+    };
+    if (higher > 0) run(0, higher, least + 1);
+    run(higher, count, least);
 }
+
+// What a block of rows needs in memory: sums of all its columns, or of as many as the epilogue gets at once.
+template <class Product>
+struct BlockSums {
+    alignas(64) typename Product::Sum totals[conv_columns / conv_group][gemm_rows * conv_group];
+    alignas(64) float values[conv_group];
+};
 
 // Rows [m0, m1), columns [n0, n1) of one group.
 template <class Rows, class Product, class Input, class Epilogue>
 inline void conv_block(const ConvShape& shape, const Product& product, const Input* input, const uint8_t* packed,
                        int64_t group, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Epilogue& epilogue) {
-    using Sum = typename Product::Sum;
     Rows rows(shape, product);
-    alignas(64) Sum totals[conv_columns / conv_group][gemm_rows * conv_group];
-    alignas(64) float values[conv_group];
+    BlockSums<Product> memory;
     const int64_t places = shape.places(), count = m1 - m0, outputs = group * shape.group_outputs();
     const int64_t panel_bytes = Product::panel_bytes(places);
     for (int64_t place = 0, length; place < places; place += length) {
@@ -244,27 +300,32 @@ inline void conv_block(const ConvShape& shape, const Product& product, const Inp
         for (int64_t g = n0; g < n1; g += conv_group) {
             const int64_t end = min_of(n1, g + conv_group);
             // Sums that no later block adds to need no place of their own.
-            Sum* sums = totals[last && place == 0 ? 0 : (g - n0) / conv_group];
-            const auto finish = [&](int64_t begin_row, int64_t end_row) {
-                for (int64_t m = begin_row; m < end_row; ++m)
-                    epilogue(m0 + m, outputs + g, outputs + end,
-                             product.finish(sums + m * conv_group, outputs + g, outputs + end, values));
-            };
-            const auto nothing = [](int64_t, int64_t) {};
+            auto* sums = memory.totals[last && place == 0 ? 0 : (g - n0) / conv_group];
             for (int64_t n = g, panels; n < end; n += 16 * panels) {
-                panels = n + 16 < end ? gemm_panels : 1;
+                panels = n + 16 < end ? Product::panels : 1;
                 const uint8_t* panel = packed + n / 16 * panel_bytes + Product::panel_bytes(place);
-                const auto pass = [&](const auto& done) {
+                const TileSums<Product> at{sums + n - g, place == 0, m0, outputs + n, outputs + end};
+                const auto pass = [&](const auto& sink, const auto& done) {
                     if (panels == 1)
-                        conv_panels<1>(product, rows, count, panel, panel_bytes, length, place == 0, sums + n - g, done);
+                        conv_panels<1>(product, rows, count, panel, panel_bytes, length, at, sink, done);
                     else
-                        conv_panels<gemm_panels>(product, rows, count, panel, panel_bytes, length, place == 0,
-                                                 sums + n - g, done);
+                        conv_panels<Product::panels>(product, rows, count, panel, panel_bytes, length, at, sink, done);
                 };
-                if (last && n + 16 * panels >= end)
-                    pass(finish);
-                else
-                    pass(nothing);
+                const auto nothing = [](int64_t, int64_t) {};
+                if constexpr (takes_sums<std::remove_const_t<Epilogue>>) {
+                    if (last)
+                        pass(epilogue, nothing);
+                    else
+                        pass(KeepSums(), nothing);
+                } else if (last && n + 16 * panels >= end) {
+                    pass(KeepSums(), [&](int64_t begin_row, int64_t end_row) {
+                        for (int64_t m = begin_row; m < end_row; ++m)
+                            epilogue(m0 + m, outputs + g, outputs + end,
+                                     product.finish(sums + m * conv_group, outputs + g, outputs + end, memory.values));
+                    });
+                } else {
+                    pass(KeepSums(), nothing);
+                }
             }
         }
     }

@@ -25,6 +25,17 @@ struct OutputPixel {
         : pixel(pixel), b(pixel / (shape.out_height * shape.out_width)),
           y(pixel / shape.out_width % shape.out_height * shape.stride_y - shape.padding_y),
           x(pixel % shape.out_width * shape.stride_x - shape.padding_x) {}
+    // The one behind it.
+    void next(const ConvShape& shape) {
+        ++pixel;
+        x += shape.stride_x;
+        if (x + shape.padding_x < shape.out_width * shape.stride_x) return;
+        x = -shape.padding_x;
+        y += shape.stride_y;
+        if (y + shape.padding_y < shape.out_height * shape.stride_y) return;
+        y = -shape.padding_y;
+        ++b;
+    }
     // Number of the pixel of all images under place (i, j) of the window, or -1 outside the image.
     int64_t under(const ConvShape& shape, int64_t i, int64_t j) const {
         const int64_t top = y + i * shape.dilation_y, left = x + j * shape.dilation_x;

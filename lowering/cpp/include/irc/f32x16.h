@@ -159,6 +159,18 @@ IRC_INLINE f32x16 load(const int8_t* p) {
     return result;
 #endif
 }
+IRC_INLINE f32x16 load(const uint8_t* p) {
+#if defined(IRC_AVX512)
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+#elif defined(IRC_AVX2)
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8)))};
+#else
+    f32x16 result;
+    for (int i = 0; i < 16; ++i) result.v[i] = static_cast<float>(p[i]);
+    return result;
+#endif
+}
 
 IRC_INLINE f32x16 zero() { return set1(0.0f); }
 

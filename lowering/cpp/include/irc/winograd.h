@@ -28,22 +28,8 @@ IRC_BEGIN
 constexpr int64_t winograd_rows = 48, winograd_places = 16, winograd_group = 64;
 
 // Rows of one place for up to `block` channels, as the tiles of conv_rows.h read them.
-struct SpreadRows {
-    static constexpr int64_t stride = gemm_depth + 16, pieces = 1;
-    const float* rows;
-    int64_t channels;
-
-    int64_t length(int64_t) const { return channels; }
-    template <int H>
-    struct Tile {
-        const float* x;
-        IRC_INLINE const float* at(int m, int64_t k) const { return x + m * stride + k; }
-    };
-    template <int H>
-    Tile<H> tile(int64_t, int64_t first) const {
-        return {rows + first * stride};
-    }
-};
+constexpr int64_t winograd_stride = gemm_depth + 16;
+using SpreadRows = DenseRows<float, winograd_stride>;
 
 // Scratch memory of a worker: spread inputs [blocks of channels][places][rows][stride], then sums
 // [places][rows][conv_group].
@@ -51,7 +37,7 @@ struct WinogradScratch {
     float *inputs, *sums;
 
     static int64_t input_floats(int64_t channels) {
-        return ceil_div(channels, gemm_depth) * winograd_places * winograd_rows * SpreadRows::stride;
+        return ceil_div(channels, gemm_depth) * winograd_places * winograd_rows * winograd_stride;
     }
     static int64_t bytes(int64_t channels) {
         return (input_floats(channels) + winograd_places * winograd_rows * conv_group) * 4;
@@ -59,7 +45,7 @@ struct WinogradScratch {
     WinogradScratch(uint8_t* scratch, int64_t channels)
         : inputs(reinterpret_cast<float*>(scratch)), sums(inputs + input_floats(channels)) {}
     float* row(int64_t block, int64_t place, int64_t row) const {
-        return inputs + ((block * winograd_places + place) * winograd_rows + row) * SpreadRows::stride;
+        return inputs + ((block * winograd_places + place) * winograd_rows + row) * winograd_stride;
     }
     float* sum(int64_t place, int64_t row) const { return sums + (place * winograd_rows + row) * conv_group; }
 };
@@ -100,7 +86,7 @@ inline void spread_inputs(const ConvShape& shape, const float* input, int64_t ti
             half[3][j] = sub(d[1], d[3]);
         }
         float* to = scratch.row(c / gemm_depth, 0, row) + c % gemm_depth;
-        constexpr int64_t step = winograd_rows * SpreadRows::stride;
+        constexpr int64_t step = winograd_rows * winograd_stride;
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             store(to + (4 * i + 0) * step, sub(half[i][0], half[i][2]));
@@ -154,8 +140,9 @@ inline void winograd_block(const ConvShape& shape, const float* input, const uin
                 const SpreadRows rows{scratch.row(c / gemm_depth, place, 0), min_of(gemm_depth, shape.channels - c)};
                 const uint8_t* panel = packed + (n / 16 * winograd_places + 4 * place) * panel_bytes + product.panel_bytes(c);
                 for (int64_t p = 0; p < winograd_group / 16; p += gemm_panels)
-                    conv_panels<gemm_panels>(product, rows, count, panel + p * panel_bytes, panel_bytes, rows.channels,
-                                             c == 0, scratch.sum(place, 0) + 16 * p, nothing);
+                    conv_panels<gemm_panels>(product, rows, count, panel + p * panel_bytes, panel_bytes, rows.piece,
+                                             {scratch.sum(place, 0) + 16 * p, c == 0, 0, n + 16 * p, n1}, KeepSums(),
+                                             nothing);
             }
         for (int64_t t = t0; t < t1; ++t)
             gather_outputs(shape, scratch, t, t - t0, n, min_of(n + winograd_group, n1), epilogue);

@@ -1,0 +1,73 @@
+// The epilogue of a layer of 8-bit integers whose result is 8-bit integers, too, on sums that are still in registers:
+//
+//     out[m, n] = clamp(round(x) + zero),   x = relu(sum factor[n] + offset[n] + added[m, n] added_factor)
+//
+// Factors hold all scales: those of input, weights and result; offsets the bias in steps of the result and what a zero
+// point of `added` takes away. So one multiplication a number is left of a scale, a bias, a residual sum and a division.
+//
+// Error against the same in exact arithmetic, before rounding to integers: at most 2^-22 (|sum factor| + |offset| +
+// |added added_factor|). So where x is not that close to the middle between two integers, the result is exact; else it may
+// be the other of the two.
+#pragma once
+
+#include "irc/dot8.h"
+
+IRC_BEGIN
+
+// x rounded to whole numbers, ties to even, plus `zero`, which fit a byte.
+template <class Out>
+IRC_INLINE void store_bytes(Out* to, f32x16 x, int zero) {
+#if defined(IRC_AVX512)
+    const __m512i wide = _mm512_add_epi32(_mm512_cvtps_epi32(x.v), _mm512_set1_epi32(zero));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(wide));
+#elif defined(IRC_AVX2)
+    const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // 0-3, 8-11, 4-7, 12-15
+    const __m256i moved = _mm256_add_epi16(halves, _mm256_set1_epi16(static_cast<int16_t>(zero)));
+    const __m128i low = _mm256_castsi256_si128(moved), high = _mm256_extracti128_si256(moved, 1);
+    const __m128i bytes = std::is_same_v<Out, uint8_t> ? _mm_packus_epi16(low, high) : _mm_packs_epi16(low, high);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi32(bytes, 0xd8));
+#else
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<Out>(static_cast<int>(std::nearbyint(x.v[i])) + zero);
+#endif
+}
+
+// What nothing is added for.
+struct Nothing {};
+
+// Out: uint8_t or int8_t. Added: Nothing, float, uint8_t or int8_t. Rows of `out` and `added` are `channels` apart;
+// factors and offsets are readable for 16 more.
+template <class Out, class Added>
+struct Requantize {
+    static constexpr bool takes_sums = true;
+    static constexpr int64_t rows_ahead = 6;  // that are fetched
+    Out* out;
+    const Added* added;
+    const float *factors, *offsets;
+    float added_factor, least, most;  // of whole numbers, before `zero` is added
+    int64_t channels;
+    int zero;
+    bool relu;  // needed where `least` is not 0
+
+    // Channels n to min(n + 16, end) of pixel m.
+    IRC_INLINE void take(int64_t m, int64_t n, int64_t end, i32x16 sums) const {
+        f32x16 x = fma(to_float(sums), load(factors + n), load(offsets + n));
+        const int64_t count = min_of(16, end - n), at = m * channels + n;
+        __builtin_prefetch(out + at + rows_ahead * channels, 1);
+        if constexpr (!std::is_same_v<Added, Nothing>) {
+            __builtin_prefetch(added + at + rows_ahead * channels);
+            const f32x16 other = count == 16 ? load(added + at) : load_part(added + at, count);
+            x = fma(other, set1(added_factor), x);
+        }
+        if (relu) x = max(set1(0.0f), x);  // a NaN stays, and becomes the smallest integer
+        x = min(max(x, set1(least)), set1(most));
+        if (count == 16) {
+            store_bytes(out + at, x, zero);
+        } else {
+            Out all[16];
+            store_bytes(all, x, zero);
+            std::memcpy(out + at, all, static_cast<size_t>(count));
+        }
+    }
+};
+
+IRC_END
