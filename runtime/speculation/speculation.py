@@ -87,7 +87,7 @@ class Speculation:
 
     def rests(self, num_running: int) -> bool:
         """Whether the next step goes without guesses, as guessing does not pay now: nothing else is to be done then."""
-        self._resting = self.controller.rests()
+        self._resting = self.controller.rests(num_running)
         if self._resting:
             self.stats.plain_steps += num_running
         return self._resting

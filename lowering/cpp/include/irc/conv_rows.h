@@ -21,7 +21,7 @@
 //
 // The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m, soon after their last
 // tile, so that what it reads and writes overlaps with the arithmetic of the next. One that has `takes_sums` gets them
-// from the registers instead, as take(m, n, end, sums): channels n to min(n + 16, end) of pixel m.
+// from the registers instead, as take<whole>(m, n, count, sums): channels n to n + 16 of pixel m, or the first `count`.
 #pragma once
 
 #include <type_traits>
@@ -235,15 +235,23 @@ inline void conv_tile(const Product& product, const Rows& rows, int64_t row, con
         product.template multiply<H, P>(tile, length, panel, panel_bytes, sums);
         panel += length / Product::step * Product::step_bytes;
     }
+    const auto each = [&](const auto& put) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int m = 0; m < H; ++m)
+        for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-            if constexpr (takes_sums<Epilogue>)
-                epilogue.take(at.pixel + row + m, at.channel + 16 * p, at.end, sums[m][p]);
-            else
-                store(totals + m * conv_group + 16 * p, sums[m][p]);
-        }
+            for (int p = 0; p < P; ++p) put(m, p);
+    };
+    if constexpr (!takes_sums<Epilogue>)
+        each([&](int m, int p) { store(totals + m * conv_group + 16 * p, sums[m][p]); });
+    else if (at.channel + 16 * P <= at.end)
+        each([&](int m, int p) __attribute__((always_inline)) {
+            epilogue.template take<true>(at.pixel + row + m, at.channel + 16 * p, 16, sums[m][p]);
+        });
+    else
+        each([&](int m, int p) __attribute__((always_inline)) {
+            const int64_t channel = at.channel + 16 * p;
+            epilogue.template take<false>(at.pixel + row + m, channel, min_of(16, at.end - channel), sums[m][p]);
+        });
 }
 
 // Sums stay in memory.

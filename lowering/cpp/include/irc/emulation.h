@@ -32,6 +32,13 @@ inline simde__m512 to_float(simde__m512i x) {
 inline simde__m512i to_int(simde__m512 x) {
     return join(simde_mm256_cvtps_epi32(half(x, 0)), simde_mm256_cvtps_epi32(half(x, 1)));
 }
+inline simde__m128i narrow_i32(simde__m512i x) {
+    alignas(64) int wide[16];
+    alignas(16) signed char low[16];
+    simde_mm512_store_si512(wide, x);
+    for (int i = 0; i < 16; ++i) low[i] = static_cast<signed char>(wide[i]);
+    return simde_mm_load_si128(reinterpret_cast<const simde__m128i*>(low));
+}
 
 }  // namespace irc_emulation
 
@@ -40,8 +47,10 @@ inline simde__m512i to_int(simde__m512 x) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_epi32
+#undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepu16_epi32 irc_emulation::widen_u16
 #define _mm512_cvtepu8_epi32 irc_emulation::widen_u8
 #define _mm512_cvtph_ps irc_emulation::from_half
 #define _mm512_cvtepi32_ps irc_emulation::to_float
 #define _mm512_cvtps_epi32 irc_emulation::to_int
+#define _mm512_cvtepi32_epi8 irc_emulation::narrow_i32

@@ -76,47 +76,55 @@ struct FetchAhead {
     IRC_INLINE void operator()(const uint8_t* place) const { prefetch(place + ahead); }
 };
 
-// H rows x times P panels over `length` neighbours: totals [H][gemm_columns] += product.
-template <class Panel, int H, int P, class Fetch>
-inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
-                      float* totals, const Fetch& fetch) {
+// Sums of H rows and P panels in registers: what is in memory ([H][gemm_columns]), changed by add(sums).
+template <int H, int P, class Add>
+IRC_INLINE void in_registers(float* totals, const Add& add) {
     f32x16 sums[H][P];
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) sums[m][p] = load(totals + m * gemm_columns + 16 * p);
-    const auto step = [&](int64_t k, auto which) {
-        f32x16 columns[P];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-            const uint8_t* place = Panel::at(panel + p * panel_bytes, k - which.value);
-            if constexpr (which.value == 0) fetch(place);
-            columns[p] = Panel::template columns<which.value>(place);
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) {
-            const f32x16 row = set1(x[m * stride + k]);
-#pragma GCC unroll 2
-            for (int p = 0; p < P; ++p) sums[m][p] = fma(row, columns[p], sums[m][p]);
-        }
-    };
-    constexpr std::integral_constant<int, 0> even{};
-    constexpr std::integral_constant<int, 1> odd{};
-    if constexpr (Panel::step == 1) {
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < length; ++k) step(k, even);
-    } else {
-        const int64_t whole = length / 2 * 2;
-        for (int64_t k = 0; k < whole; k += 2) {
-            step(k, even);
-            step(k + 1, odd);
-        }
-        if (whole < length) step(whole, even);  // the last column of an odd depth
-    }
+    add(sums);
 #pragma GCC unroll 16
     for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p) store(totals + m * gemm_columns + 16 * p, sums[m][p]);
+}
+
+// H rows x times P panels over `length` neighbours: totals [H][gemm_columns] += product.
+template <class Panel, int H, int P, class Fetch>
+inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
+                      float* totals, const Fetch& fetch) {
+    in_registers<H, P>(totals, [&](f32x16(&sums)[H][P]) __attribute__((always_inline)) {
+        const auto step = [&](int64_t k, auto which) {
+            f32x16 columns[P];
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) {
+                const uint8_t* place = Panel::at(panel + p * panel_bytes, k - which.value);
+                if constexpr (which.value == 0) fetch(place);
+                columns[p] = Panel::template columns<which.value>(place);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < H; ++m) {
+                const f32x16 row = set1(x[m * stride + k]);
+#pragma GCC unroll 2
+                for (int p = 0; p < P; ++p) sums[m][p] = fma(row, columns[p], sums[m][p]);
+            }
+        };
+        constexpr std::integral_constant<int, 0> even{};
+        constexpr std::integral_constant<int, 1> odd{};
+        if constexpr (Panel::step == 1) {
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < length; ++k) step(k, even);
+        } else {
+            const int64_t whole = length / 2 * 2;
+            for (int64_t k = 0; k < whole; k += 2) {
+                step(k, even);
+                step(k + 1, odd);
+            }
+            if (whole < length) step(whole, even);  // the last column of an odd depth
+        }
+    });
 }
 
 #if defined(IRC_AVX512)
@@ -124,34 +132,27 @@ inline void gemm_tile(const float* x, int64_t stride, const uint8_t* panel, int6
 template <class Panel, int H, int P, class Fetch>
 inline void gemm_tile(const bf16* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t length,
                       float* totals, const Fetch& fetch) {
-    __m512 sums[H][P];
+    in_registers<H, P>(totals, [&](f32x16(&sums)[H][P]) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < length; k += 2) {
+            __m512i columns[P];
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) {
+                const uint8_t* place = Panel::at(panel + p * panel_bytes, k);
+                fetch(place);
+                columns[p] = _mm512_loadu_si512(place);
+            }
 #pragma GCC unroll 16
-    for (int m = 0; m < H; ++m)
+            for (int m = 0; m < H; ++m) {
+                int32_t pair = 0;
+                std::memcpy(&pair, x + m * stride + k, k + 1 < length ? 4 : 2);
+                const __m512i row = _mm512_set1_epi32(pair);
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) sums[m][p] = _mm512_loadu_ps(totals + m * gemm_columns + 16 * p);
-    for (int64_t k = 0; k < length; k += 2) {
-        __m512i columns[P];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) {
-            const uint8_t* place = Panel::at(panel + p * panel_bytes, k);
-            fetch(place);
-            columns[p] = _mm512_loadu_si512(place);
+                for (int p = 0; p < P; ++p)
+                    sums[m][p].v = _mm512_dpbf16_ps(sums[m][p].v, reinterpret_cast<__m512bh&>(columns[p]),
+                                                    reinterpret_cast<const __m512bh&>(row));
+            }
         }
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) {
-            int32_t pair = 0;
-            std::memcpy(&pair, x + m * stride + k, k + 1 < length ? 4 : 2);
-            const __m512i row = _mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-            for (int p = 0; p < P; ++p)
-                sums[m][p] = _mm512_dpbf16_ps(sums[m][p], reinterpret_cast<__m512bh&>(columns[p]),
-                                              reinterpret_cast<const __m512bh&>(row));
-        }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < H; ++m)
-#pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) _mm512_storeu_ps(totals + m * gemm_columns + 16 * p, sums[m][p]);
+    });
 }
 #endif
 

@@ -48,19 +48,20 @@ struct Requantize {
     int zero;
     bool relu;  // needed where `least` is not 0
 
-    // Channels n to min(n + 16, end) of pixel m.
-    IRC_INLINE void take(int64_t m, int64_t n, int64_t end, i32x16 sums) const {
+    // Channels n to n + 16, or the first `count` of them, of pixel m.
+    template <bool whole>
+    IRC_INLINE void take(int64_t m, int64_t n, int64_t count, i32x16 sums) const {
         f32x16 x = fma(to_float(sums), load(factors + n), load(offsets + n));
-        const int64_t count = min_of(16, end - n), at = m * channels + n;
+        const int64_t at = m * channels + n;
         __builtin_prefetch(out + at + rows_ahead * channels, 1);
         if constexpr (!std::is_same_v<Added, Nothing>) {
             __builtin_prefetch(added + at + rows_ahead * channels);
-            const f32x16 other = count == 16 ? load(added + at) : load_part(added + at, count);
+            const f32x16 other = whole ? load(added + at) : load_part(added + at, count);
             x = fma(other, set1(added_factor), x);
         }
         if (relu) x = max(set1(0.0f), x);  // a NaN stays, and becomes the smallest integer
         x = min(max(x, set1(least)), set1(most));
-        if (count == 16) {
+        if (whole) {
             store_bytes(out + at, x, zero);
         } else {
             Out all[16];
