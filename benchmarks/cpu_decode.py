@@ -53,8 +53,8 @@ class Built:
     report: Report
 
 
-def build(shape: str, kind: str, threads: int) -> Built:
-    """A random Llama compiled for the processor."""
+def build(shape: str, kind: str, threads: int, cache: str | None = None) -> Built:
+    """A random Llama compiled for the processor, or taken from a cache of compilations."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -81,7 +81,7 @@ def build(shape: str, kind: str, threads: int) -> Built:
     compiled = irc.compile(
         model, ",".join(p for p in passes if p), target="cpu", verify="off",
         example_inputs=torch.arange(8).unsqueeze(0), dynamic=({0: "B", 1: "S"},),
-        options={"threads": threads, "activations": "program" if kind == "bf16" else "int8"},
+        options={"threads": threads, "activations": "program" if kind == "bf16" else "int8"}, cache=cache,
     )  # fmt: skip
     spent = time.perf_counter() - started
     artifact = compiled.artifact

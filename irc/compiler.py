@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from irc.compile_cache.entry import Kept
+from irc.compile_cache.lookup import look_up
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import IrcError, OptionError, StorageError
@@ -22,8 +24,10 @@ from irc.core.paged import PagedModel
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.report import Report, Row
+from irc.core.stages import Stages
 from irc.core.storage import load as load_program
 from irc.core.target import Artifact, Target, get_target
+from irc.core.text import parse
 from irc.runtime.engine import EngineOptions
 from irc.runtime.generation import Prompts, StreamCallback, TokenEvent, generate, stream_tokens
 from irc.runtime.models import paged_model
@@ -55,6 +59,7 @@ def compile(
     progress: Progress | bool | None = None,
     name: str | None = None,
     tune: float | None = None,
+    cache: str | Path | None = None,
 ) -> Compiled:
     """Compile a model for a target.
 
@@ -76,6 +81,8 @@ def compile(
             (what, done, total).
         tune: seconds for measuring what the target otherwise chooses by rules. What was measured before on this
             hardware is taken over at once; 0: only that. None: rules only.
+        cache: folder in which compilations are kept: one of the same model, weights, code, inputs, passes and
+            options is taken from there, and the report says so. What it cannot see: docs/codegen.md.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -87,6 +94,19 @@ def compile(
     chosen = get_target(target) if isinstance(target, str) else target
     chosen.require_available()
     pipeline = parse_pipeline(passes) if passes is not None else None  # a typing error shows before the long work
+    lookup = None
+    if cache is not None:
+        lookup = look_up(
+            Path(cache), model, pipeline, chosen, _with_tokenizer(chosen, options, tokenizer),
+            {"observing passes": tuple(instruments), "a dump": dump_dir, "calibration": calibration,
+             "tuning": tune, "a value for passes": dict(pass_options or {})},
+            example_inputs=example_inputs, dynamic=dynamic, verify=verify, name=name,
+        )  # fmt: skip
+        if lookup.kept is not None:
+            try:
+                return _from_cache(lookup.kept, options, tokenizer, _end_tokens(model))
+            except StorageError as error:
+                lookup.reason = str(error)
     started = time.perf_counter()
     program = _program(model, example_inputs, dynamic, name)
     capture_ms = (time.perf_counter() - started) * 1e3
@@ -106,10 +126,28 @@ def compile(
         )
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
-    return Compiled(
-        artifact=artifact, program=result.program, stages=result.stages, report=result.report, target=chosen,
+    compiled = Compiled(
+        artifact=artifact, stages=result.stages, report=result.report, target=chosen,
         tokenizer=tokenizer, eos=_end_tokens(model),
     )  # fmt: skip
+    if lookup is not None:
+        if not _holds_program(artifact):
+            lookup.key, lookup.reason = None, f"artifacts of target {chosen.name!r} do not hold their program"
+        row.notes.append(lookup.keep(lambda: str(program), result.report, compiled.save))
+    return compiled
+
+
+def _from_cache(
+    kept: Kept, options: Mapping[str, Any] | None, tokenizer: Any, eos: frozenset[int] | None
+) -> Compiled:  # fmt: skip
+    """What an earlier compilation made; its programs are read when they are asked for, without numbers in weights."""
+    loaded = Compiled.load(kept.model, options=options, tokenizer=tokenizer)
+    last = kept.report.rows[-2].name if len(kept.report.rows) > 1 else FIRST_STAGE
+    stages: dict[str, Program | Callable[[], Program]] = {FIRST_STAGE: lambda: parse(kept.captured)}
+    loaded.stages = Stages({**stages, last: lambda: _program_of(loaded.artifact)})
+    loaded.report, loaded.from_cache, loaded.eos = kept.report, True, eos
+    kept.report.rows[0].notes.append(f"everything here was compiled before and is taken from {kept.model.parent}")
+    return loaded
 
 
 def load(path: str | Path, *, options: Mapping[str, Any] | None = None) -> Any:
@@ -203,19 +241,24 @@ class Compiled:
 
     Attributes:
         artifact: what the target made.
-        program: the program that was lowered.
-        stages: the program after each pass by name, first `capture`.
+        stages: the program after each pass by name, first `capture`; what was saved has only some of them.
         report: a row a pass, and one for the lowering.
         target, tokenizer, eos: as compiled.
+        from_cache: it was compiled before, and kept.
     """
 
     artifact: Artifact
-    program: Program
-    stages: dict[str, Program] = field(repr=False)
+    stages: Mapping[str, Program] = field(repr=False)
     report: Report = field(repr=False)
     target: Target = field(repr=False)
     tokenizer: Any = field(default=None, repr=False)
     eos: frozenset[int] | None = None
+    from_cache: bool = False
+
+    @property
+    def program(self) -> Program:
+        """The program that was lowered."""
+        return self.stages[list(self.stages)[-1]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and results as the model, also when a key-value cache was inserted."""
@@ -327,7 +370,11 @@ class Compiled:
         """
         written = self.artifact.save(path)
         if written.is_dir():
-            info = {"target": self.target.name, "eos": sorted(self.eos) if self.eos is not None else None}
+            info = {
+                "target": self.target.name,
+                "name": self.program.name,
+                "eos": sorted(self.eos) if self.eos is not None else None,
+            }
             (written / _INFO_FILE).write_text(json.dumps(info) + "\n")
             text = _tokenizer_json(self.tokenizer)
             if text is not None:
@@ -346,8 +393,7 @@ class Compiled:
         target = get_target(info["target"])
         target.require_available()
         artifact = target.load(folder, options)
-        program = getattr(artifact, "program", None)
-        if not isinstance(program, Program):
+        if not _holds_program(artifact):
             raise StorageError(f"{folder}: artifacts of target {target.name!r} do not hold their program")
         if tokenizer is None and (folder / _TOKENIZER_FILE).is_file():
             from tokenizers import Tokenizer
@@ -355,9 +401,19 @@ class Compiled:
             tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
         eos = frozenset(info["eos"]) if info["eos"] is not None else None
         return Compiled(
-            artifact=artifact, program=program, stages={FIRST_STAGE: program}, report=Report(program.name),
+            artifact=artifact, stages=Stages({FIRST_STAGE: lambda: _program_of(artifact)}), report=Report(info["name"]),
             target=target, tokenizer=tokenizer, eos=eos,
         )  # fmt: skip
+
+
+def _holds_program(artifact: Artifact) -> bool:
+    return hasattr(type(artifact), "program") or "program" in vars(artifact)
+
+
+def _program_of(artifact: Artifact) -> Program:
+    """The program that an artifact holds; it may have to be read."""
+    program: Program = getattr(artifact, "program")  # noqa: B009 (not every artifact has one)
+    return program
 
 
 def _read_info(path: Path) -> dict[str, Any]:
@@ -370,7 +426,7 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} is damaged")
     if any(not isinstance(token, int) for token in eos or ()):
         raise StorageError(f"{path} is damaged: end tokens are integers, not {eos!r}")
-    return {"target": info["target"], "eos": eos}
+    return {"target": info["target"], "eos": eos, "name": str(info.get("name", path.parent.name))}
 
 
 def _tokenizer_json(tokenizer: Any) -> str | None:

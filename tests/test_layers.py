@@ -18,6 +18,7 @@ LAYERS = (
     "irc.lowering",
     "irc.runtime",
     "irc.view",
+    "irc.compile_cache",
     "irc.compiler",
     "irc.drafting",
     "irc.serving",

@@ -87,7 +87,7 @@ class Speculation:
 
     def rests(self, num_running: int) -> bool:
         """Whether the next step goes without guesses, as guessing does not pay now: nothing else is to be done then."""
-        self._resting = self.controller.rests()
+        self._resting = self.controller.rests(num_running)
         if self._resting:
             self.stats.plain_steps += num_running
         return self._resting
@@ -127,6 +127,11 @@ class Speculation:
         self.stats.accepted += accepted
         self.stats.refused += accepted < drafted
         self.controller.verified(sequence, drafted, accepted)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the time of the step is wanted."""
+        return self.controller.measures
 
     def measured(self, num_tokens: int, model_ms: float) -> None:
         """A step over so many tokens took so long."""

@@ -22,6 +22,7 @@ from irc.runtime.requests import Proposal, Request, SequenceState
 from irc.runtime.sampling import Sampling, draw, uniforms
 from irc.runtime.speculation.acceptance import follow
 from irc.runtime.speculation.controller import Controller, expected_tokens, predicted_speedup
+from irc.runtime.speculation.costs import Costs
 from irc.runtime.speculation.draft_model import DraftModelProposer
 from irc.runtime.speculation.ngram import NgramProposer
 from irc.runtime.speculation.speculation import Speculation
@@ -231,7 +232,7 @@ def settled(acceptance: Callable[[int], bool], *, plain_ms: float, token_ms: flo
     for _ in range(400):
         (length,) = controller.lengths([sequence])
         if length:
-            controller.draft_times.add(length, draft_ms * length)
+            controller.measured_draft(length, draft_ms * length)
         controller.measured(1 + length, plain_ms + token_ms * (1 + length))
         accepted = 0
         while accepted < length and acceptance(count := count + 1):
@@ -250,6 +251,38 @@ def test_length_follows_acceptance_and_cost() -> None:
     assert lengths[0] > lengths[1] > lengths[2] == lengths[3] == 0
 
 
+def test_costs_stay_what_they_are_on_a_machine_that_changes_its_pace() -> None:
+    """A step of four tokens costs one and a half of one token, a draft half of one, whatever else the machine does."""
+    rng, costs = random.Random(0), Costs()
+    for turn in range(200):
+        pace = rng.choice([1.0, 1.7, 5.0])
+        for row in range(rng.randrange(5, 60)):
+            costs.begin(guesses=False)
+            # Behind a draft the weights are gone from the caches.
+            costs.plain(pace * (3.0 if row < 2 else rng.uniform(0.95, 1.1)))
+        for _ in range(rng.randrange(2, 60)):
+            costs.begin(guesses=True)
+            costs.draft(3, pace * rng.uniform(0.45, 0.55))
+            costs.step(4, pace * rng.uniform(1.4, 1.6) * (8.0 if rng.random() < 0.05 else 1.0))
+        if turn > 5:
+            assert costs.steps.at(4) == pytest.approx(1.5, rel=0.15)
+            assert costs.draft_at(3) == pytest.approx(0.5, rel=0.15)
+
+
+def test_the_pace_is_carried_where_plain_steps_are_long_ago() -> None:
+    costs = Costs()
+    for guesses, count in ((False, 8), (True, 12)):
+        for _ in range(count):
+            costs.begin(guesses)
+            costs.step(4, 1.5) if guesses else costs.plain(1.0)
+    for step in range(200):
+        costs.begin(guesses=True)
+        # Now the machine is half as fast, and later on longer drafts are tried.
+        costs.step(4, 3.0) if step < 150 else costs.step(8, 4.0)
+    assert costs.steps.at(4) == pytest.approx(1.5)
+    assert costs.steps.at(8) == pytest.approx(2.0, rel=0.1)
+
+
 def test_where_it_loses_it_is_rarely_tried() -> None:
     controller, sequence, tries = Controller(), state([1, 2]), 0
     for step in range(2000):
@@ -257,7 +290,7 @@ def test_where_it_loses_it_is_rarely_tried() -> None:
         controller.measured(1 + length, 10.0)
         if length:
             tries += step > 100
-            controller.draft_times.add(length, 5.0 * length)
+            controller.measured_draft(length, 5.0 * length)
             controller.verified(sequence, length, 0)
     assert 0 < tries < 20
 

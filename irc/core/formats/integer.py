@@ -140,11 +140,13 @@ class QuantFormat(ScaledFormat):
     ) -> Tensor:
         """(integers - zero_point) * scale, computed in scale's type and rounded once to `dtype`."""
         assert scale is not None
-        values = by_group(self.unpack(stored), scale)
+        # In f32, which holds these integers, and their products with a scale of half the width, exactly.
+        values = by_group(self._unpack_floats(stored), scale)
         if zero_point is not None:
-            values = values - zero_point.unsqueeze(-1).to(values.dtype)
-        # By way of f32, which holds these integers exactly: PyTorch's conversion from i16 to f16 is slow.
-        return (values.float().to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+            values = values.sub_(zero_point.unsqueeze(-1).float())
+        if scale.dtype in (torch.float16, torch.bfloat16):
+            return values.mul_(scale.unsqueeze(-1).float()).flatten(-2).to(scale.dtype).to(dtype)
+        return (values.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
     def pack(self, values: Tensor) -> Tensor:
         """Integers → storage."""
@@ -158,6 +160,13 @@ class QuantFormat(ScaledFormat):
         if not self.packs_two:
             return stored.to(torch.int16)
         return unpack_nibbles(stored).to(torch.int16) - (8 if self.signed else 0)
+
+    def _unpack_floats(self, stored: Tensor) -> Tensor:
+        """Storage → integers (f32), in memory of their own."""
+        if not self.packs_two:
+            return stored.float()
+        values = unpack_nibbles(stored).float()
+        return values.sub_(8) if self.signed else values
 
     def worst_errors(self, groups: Tensor) -> Tensor:
         """Half a step."""
