@@ -196,7 +196,7 @@ class Engine:
         model_ms = (time.perf_counter() - before) * 1e3
         self._continue(works, logits, outputs)
         step_ms = (time.perf_counter() - started) * 1e3 - guess_ms
-        if self.speculation is not None:
+        if self.speculation is not None and self.speculation.measures:
             # Branches cost what they cost: lengths are compared by what a step with such drafts takes altogether.
             branches = sum(work.count for work in works if work.branch)
             self.speculation.measured(len(inputs.tokens) - branches, step_ms)

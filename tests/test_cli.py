@@ -70,23 +70,6 @@ def model(tmp_path: Path) -> str:
     return f"{path}:build"
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run the command line through its real entry point; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["irc", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_capture_opt_check_diff(run, model: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert run("capture", model, "-o", first)[0] == 0

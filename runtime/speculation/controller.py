@@ -28,6 +28,8 @@ _LENGTH_TRIED, _FIRST_TRIES, _TRIES = 3, 4, 3
 _MEMORY = 0.97
 _PRIOR_WEIGHT = 6.0
 _SHORT_PAUSE, _FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 8, 64, 4, 1024
+_MEASURED = 16
+"""Steps at the end of a pause that are measured."""
 _GAIN = 1.05
 """Guessing must promise at least this much: figures are noisy, and plain decoding has none of the risk."""
 
@@ -64,6 +66,7 @@ class Controller:
 
     Attributes:
         max_length: longest draft.
+        measures: whether times of the next step are wanted.
         costs: at the batch of the latest step; batches share them from one power of two to the next.
         fixed: always this length (for measurements); None: adapt.
         prior: acceptance that is assumed before anything was seen.
@@ -81,6 +84,7 @@ class Controller:
     _guessed: int = 0
     _guesses: bool = False
     _batch: int = 0
+    measures: bool = True
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def acceptance(self, sequence: SequenceState | None = None) -> float:
@@ -101,6 +105,7 @@ class Controller:
         if self.rests(len(sequences)):
             return [0] * len(sequences)
         self._over(len(sequences))
+        self.measures = True
         length = self._length(sequences) if self.costs.known else 0
         self._guesses = length > 0
         self.costs.begin(self._guesses)
@@ -132,14 +137,17 @@ class Controller:
         if self._paused <= 0 or self.fixed is not None:
             return False
         self._paused -= 1
-        if batch != self._batch:
+        self.measures = self._paused < _MEASURED
+        if self.measures:
             self._over(batch)
-        self._guesses = False
-        self.costs.begin(guesses=False)
+            self._guesses = False
+            self.costs.begin(guesses=False)
         return True
 
     def _over(self, batch: int) -> None:
         """The next step is one over so many sequences."""
+        if batch == self._batch:
+            return
         self._batch = batch
         size = batch.bit_length()
         if size not in self._costs:

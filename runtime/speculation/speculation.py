@@ -128,6 +128,11 @@ class Speculation:
         self.stats.refused += accepted < drafted
         self.controller.verified(sequence, drafted, accepted)
 
+    @property
+    def measures(self) -> bool:
+        """Whether the time of the step is wanted."""
+        return self.controller.measures
+
     def measured(self, num_tokens: int, model_ms: float) -> None:
         """A step over so many tokens took so long."""
         if self._batch:
