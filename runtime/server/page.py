@@ -36,9 +36,10 @@ document.getElementById('stop').onclick = () => abort && abort.abort();
 form.onsubmit = async (e) => {
   e.preventDefault();
   const text = form.text.value, chat = form.chat.checked;
-  say('user', text); messages.push({role: 'user', content: text}); form.text.value = '';
+  say('user', text); form.text.value = '';
+  const sent = [...messages, {role: 'user', content: text}];
   const body = {stream: true, max_tokens: +form.tokens.value, temperature: +form.temperature.value};
-  if (chat) body.messages = messages; else body.prompt = text;
+  if (chat) body.messages = sent; else body.prompt = text;
   const headers = {'Content-Type': 'application/json'};
   if (form.key.value) headers.Authorization = 'Bearer ' + form.key.value;
   const div = say('assistant', '');
@@ -62,8 +63,10 @@ form.onsubmit = async (e) => {
         for (const c of parsed.choices) div.textContent += chat ? (c.delta.content || '') : c.text;
       }
     }
-    messages.push({role: 'assistant', content: div.textContent});
   } catch (error) { if (error.name !== 'AbortError') say('error', error.message); }
+  // What failed before its first word was not said: the text can be sent again.
+  if (!div.textContent) { div.remove(); form.text.value ||= text; }
+  else if (chat) messages = [...sent, {role: 'assistant', content: div.textContent}];
 };
 </script>
 </html>
