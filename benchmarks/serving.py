@@ -188,7 +188,7 @@ def speculated(
         ratios.append(plain / guessed)
     stats, controller = speculation.stats, speculation.controller
     rate = stats.acceptance_rate
-    predicted = controller.predicted(stats.alpha, stats.rounds, stats.drafted, stats.plain_steps)
+    predicted = controller.predicted(stats.alpha, stats.rounds, stats.drafted, stats.plain_steps, stats.missed)
     result = {
         "task": name, "speedup": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
         "acceptance_rate": rate, "tokens_per_step": stats.tokens_per_step, "predicted": predicted,

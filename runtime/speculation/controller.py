@@ -6,6 +6,9 @@ k that maximises tokens per time,
 
     Σ_s E_s(k) / (T(k + 1) + D(k)),    k = 0: plain decoding, one step a token
 
+Steps for which a look-up finds nothing have a share of their own: they give one token, and cost T(1) + D(k), which is
+more than a plain step in a row of plain ones.
+
 Where k = 0 wins, guessing is tried again after a while, ever more rarely; where guessing wins, a few plain steps now
 and then give costs something to be compared with. Times are of whole steps, as a guess that stands also saves the work
 around the model.
@@ -77,6 +80,7 @@ class Controller:
     prior: float = 0.7
     costs: Costs = field(default_factory=Costs)
     _all: _Acceptance = field(default_factory=_Acceptance)
+    _found: _Acceptance = field(default_factory=_Acceptance)
     _own: dict[SequenceState, _Acceptance] = field(default_factory=dict)
     _pause: int = _FIRST_PAUSE
     _paused: int = 0
@@ -156,29 +160,46 @@ class Controller:
 
     def best_length(self, rates: Sequence[float]) -> int:
         """The length that gives most tokens per time; 0: none."""
-        costs = self.costs
+        costs, found = self.costs, self.found
         best, most = 0, len(rates) * _GAIN
         for length in range(1, self.max_length + 1):
-            time = max(costs.steps.at(length + 1), 1.0) + costs.draft_at(length)
-            speed = sum(expected_tokens(rate, length) for rate in rates) / time
-            if speed > most:
+            time = found * self._step_cost(length) + (1.0 - found) * self._step_cost(0) + costs.draft_at(length)
+            tokens = found * sum(expected_tokens(rate, length) for rate in rates) + (1.0 - found) * len(rates)
+            if (speed := tokens / time) > most:
                 best, most = length, speed
         return best
 
-    def predicted(self, alpha: float | None, rounds: int, drafted: int, plain_steps: int) -> float | None:
+    @property
+    def found(self) -> float:
+        """Share of the sequences for which there was a guess, of those for which one was wanted."""
+        asked = self._found.accepted + self._found.rejected
+        return (self._found.accepted + 1.0) / (asked + 1.0)
+
+    def _step_cost(self, length: int) -> float:
+        return max(self.costs.steps.at(length + 1), 1.0)
+
+    def predicted(
+        self, alpha: float | None, rounds: int, drafted: int, plain_steps: int, missed: int = 0
+    ) -> float | None:
         """Speed-up of one sequence by the formula, from measured costs and how often how much was guessed.
 
         Args:
             alpha: probability that a token stands.
             rounds, drafted: steps with a draft, and the tokens of all drafts.
             plain_steps: steps without.
+            missed: those among them in which nothing was found.
         """
         if alpha is None or not rounds or not self.costs.known:
             return None
         length = drafted / rounds
         near = max(round(length), 1)
-        time = max(self.costs.steps.at(near + 1), 1.0) + self.costs.draft_at(near)
-        return (rounds * expected_tokens(alpha, length) + plain_steps) / (rounds * time + plain_steps)
+        guessing = rounds * self._step_cost(near) + missed * self._step_cost(0)
+        guessing += (rounds + missed) * self.costs.draft_at(near)
+        return (rounds * expected_tokens(alpha, length) + plain_steps) / (guessing + plain_steps - missed)
+
+    def proposed(self, found: int, asked: int) -> None:
+        """For so many of the sequences there was a guess."""
+        self._found.add(found, asked - found)
 
     def measured_draft(self, length: int, ms: float) -> None:
         """A draft of so many tokens took so long."""
@@ -186,8 +207,7 @@ class Controller:
 
     def measured(self, num_tokens: int, ms: float) -> None:
         """A step over so many tokens took so long."""
-        # What is neither: a step in which nothing was guessed after all, or a prompt was read.
-        if self._guesses and num_tokens > self._batch:
+        if self._guesses:
             self.costs.step(round(num_tokens / self._batch), ms)
         elif not self._guesses and num_tokens == self._batch:
             self.costs.plain(ms)

@@ -33,6 +33,7 @@ class SpeculationStats:
         drafted, accepted: tokens.
         refused: rounds in which a token was refused.
         plain_steps: sequences' steps without a draft.
+        missed: those among them for which one was wanted, and nothing was found.
         branches, branches_taken: other ways to go on that were guessed, and those that were followed.
     """
 
@@ -41,6 +42,7 @@ class SpeculationStats:
     accepted: int = 0
     refused: int = 0
     plain_steps: int = 0
+    missed: int = 0
     branches: int = 0
     branches_taken: int = 0
 
@@ -116,6 +118,9 @@ class Speculation:
                 sequence.draft, sequence.draft_probs, sequence.branches = main.tokens, main.probabilities, others
                 self.stats.branches += len(others)
                 self._guessed += len(sequence.draft)
+            found = sum(bool(sequence.draft) for sequence, _ in asked)
+            self.stats.missed += len(asked) - found
+            self.controller.proposed(found, len(asked))
         self.stats.plain_steps += sum(not s.draft for s in sequences)
         return self._guessed
 
