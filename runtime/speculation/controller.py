@@ -33,7 +33,9 @@ _PRIOR_WEIGHT = 6.0
 _SHORT_PAUSE, _FIRST_PAUSE, _LONGER, _LONGEST_PAUSE = 8, 64, 4, 1024
 _MEASURED = 16
 """Steps at the end of a pause that are measured."""
-_GAIN = 1.05
+_PROVEN = 24
+"""Steps with guesses in a row after which pauses are short again; until then it may have been luck."""
+_GAIN = 1.1
 """Guessing must promise at least this much: figures are noisy, and plain decoding has none of the risk."""
 
 
@@ -125,7 +127,8 @@ class Controller:
             return min(_LENGTH_TRIED, self.max_length)
         best = self.best_length([self.acceptance(s) for s in sequences])
         if best > 0:
-            self._pause = _FIRST_PAUSE
+            if self.costs.row > _PROVEN:
+                self._pause = _FIRST_PAUSE
         elif self.best_length([self.acceptance()] * len(sequences)) > 0:
             self._paused = _SHORT_PAUSE  # it is these sequences that are hard to guess, and not for ever
             for sequence in sequences:

@@ -75,14 +75,15 @@ class Costs:
     Attributes:
         steps: of a step by how many tokens each sequence has in it.
         drafts: of a draft by how many tokens each sequence gets.
+        row: how many steps of one kind there have been since the last one of the other.
     """
 
     steps: Ratios = field(default_factory=Ratios)
     drafts: Ratios = field(default_factory=Ratios)
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=_LEVEL))
     _level: float | None = None
+    row: int = 0
     _guesses: bool = False
-    _row: int = 0
 
     @property
     def known(self) -> bool:
@@ -97,9 +98,9 @@ class Costs:
     def begin(self, guesses: bool) -> None:
         """The next step is one with guesses or without: it belongs to the row of those before it, or begins another."""
         if guesses == self._guesses:
-            self._row += 1
+            self.row += 1
             return
-        self._guesses, self._row = guesses, 1
+        self._guesses, self.row = guesses, 1
         if guesses and len(self._plain) >= _ENOUGH:
             self._level = statistics.median(self._plain)
         elif not guesses:
@@ -107,7 +108,7 @@ class Costs:
 
     def plain(self, ms: float) -> None:
         """A step without guesses took so long."""
-        if self._row > _SETTLING:
+        if self.row > _SETTLING:
             self._plain.append(ms)
 
     def step(self, tokens: int, ms: float) -> None:
@@ -116,10 +117,10 @@ class Costs:
         The first of a row does not count: threads and caches have to get used to it.
         """
         known = self.steps.get(tokens)
-        if self._row == 1:
+        if self.row == 1:
             return
         self._learn(self.steps, tokens, ms)
-        if self._row > _TELLING and self._level is not None and known is not None:
+        if self.row > _TELLING and self._level is not None and known is not None:
             # The plain steps are long ago: the machine's pace is taken from what is known of these.
             self._level *= min(max(ms / (known * self._level), 0.8), 1.25) ** _CARRIED
 
@@ -133,5 +134,5 @@ class Costs:
         return 0.0 if nearest is None else self.drafts.at(nearest) * length / nearest
 
     def _learn(self, ratios: Ratios, count: int, ms: float) -> None:
-        if self._level is not None and (self._row <= _TELLING or ratios.wanted(count)):
+        if self._level is not None and (self.row <= _TELLING or ratios.wanted(count)):
             ratios.add(count, ms / self._level)
