@@ -41,6 +41,12 @@ class Block(nn.Module):
 X = torch.linspace(-1, 1, 12).reshape(2, 6)
 
 
+@pytest.fixture(autouse=True)
+def program(monkeypatch) -> None:
+    """The program that runs has a file: processes of `pytest -n` have none."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
+
+
 @pytest.fixture
 def module(tmp_path) -> types.ModuleType:
     """A Python module of the user's, imported from a file."""
