@@ -227,6 +227,7 @@ class Engine:
         except Exception as error:
             works = [work for work in works if not work.branch]
             self.scheduler.branches.end()
+            self.scheduler.unsettle()  # the inputs of the next step begin anew
             if len(works) == 1 == len(inputs.block_tables):
                 self._fail(works[0].sequence, error, outputs)
                 return [], torch.empty(0, self.model.vocabulary_size)

@@ -311,3 +311,21 @@ def test_options_are_checked() -> None:
         EngineOptions(max_batch_tokens=0, max_sequences=0)
     assert replace(EngineOptions(), max_sequences=2).max_sequences == 2
     assert model().block_size == BLOCK
+
+
+def test_a_step_that_fails_once_while_all_decode_costs_nobody_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(prompt=[1, 2, number], max_new_tokens=12) for number in (3, 4, 5)]
+    expected = drive(engine_of(), requests, arrivals=1.0)
+    engine = engine_of()
+    paged_step, count = engine.model.paged_step, 0
+
+    def failing(pages: Any, inputs: StepInputs) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 8:  # by then all have come
+            raise RuntimeError("for once")
+        return paged_step(pages, inputs)
+
+    monkeypatch.setattr(engine.model, "paged_step", failing)
+    assert drive(engine, requests, arrivals=1.0) == expected
+    assert count > 8
