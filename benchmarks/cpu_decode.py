@@ -155,7 +155,7 @@ class OpenVino:
             safetensors.torch.save_file(random_llama(shape, torch.float16).state_dict(), str(weights))
             sizes.write_text(json.dumps(asdict(llama_cpp.SHAPES[shape])))
             interpreter = args.openvino_python or openvino_peer.python()
-            options = (weights, sizes, kind, args.threads, args.openvino_group)
+            options = (weights, sizes, args.openvino_format or kind, args.threads, args.openvino_group)
             self.worker = openvino_peer.Worker(interpreter, "openvino_llama.py", *options)
 
     def decode(self, count: int) -> float:
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--without", choices=PEERS, nargs="+", default=[], help="peers that are left out")
     parser.add_argument("--openvino-python", help="a Python that has openvino; default: installed once")
+    parser.add_argument("--openvino-format", choices=(*PASSES, "f32"), help="of its weights; default: as ours")
     parser.add_argument("--openvino-group", type=int, default=32, help="weights that share a scale in its int4")
     parser.add_argument("--quick", action="store_true", help="two short rounds, without peers")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")

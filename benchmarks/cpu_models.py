@@ -6,10 +6,10 @@
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
 90th percentile) and the fastest peer's median over ours. ResNet sees 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
-`bf16` (weights and activations; ONNX Runtime has none and runs f32, so does OpenVINO where the processor has no bf16);
-`int8` (weights a channel, activations static, attention f32; PyTorch runs f32, ONNX Runtime its static QDQ, OpenVINO
-NNCF's quantization). OpenVINO and NNCF are installed the first time into an environment of their own
-(`openvino_peer.py`); `--without` leaves peers out.
+`bf16` (weights and activations; `torch.compile` in f32, too; ONNX Runtime has none and runs f32, so does OpenVINO where
+the processor has no bf16); `int8` (weights a channel, activations static, attention f32; `torch.compile` runs f32, ONNX
+Runtime its static QDQ, OpenVINO NNCF's quantization). PyTorch eager runs f32, whatever the format. OpenVINO and NNCF
+are installed the first time into an environment of their own (`openvino_peer.py`); `--without` leaves peers out.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ class Engines:
         with torch.no_grad():
             self.wanted = first(plain(wide)).float()
             self._irc(plain, wide)
-            self.runs["eager"] = timed(torch.no_grad()(lambda: plain(wide)))
+            self.runs["eager f32"] = timed(torch.no_grad()(lambda: model(x)))
             if "compile" not in args.without:
-                self._inductor(plain, wide)
+                self._inductor("torch.compile", plain, wide)
+                if kind == "bf16":
+                    self._inductor("torch.compile f32", model, x)
         with tempfile.TemporaryDirectory(prefix="irc-models-") as scratch:
             path = Path(scratch) / "model.onnx"
             if {"onnxruntime", "openvino"} - set(args.without):
@@ -134,14 +136,14 @@ class Engines:
         self.error = float((found - self.wanted).norm() / self.wanted.norm())
         self.runs["irc"] = timed(lambda: self.artifact.run(x))
 
-    def _inductor(self, model: nn.Module, x: Tensor) -> None:
+    def _inductor(self, name: str, model: nn.Module, x: Tensor) -> None:
         import torch._inductor.config as settings
 
         with settings.patch(freezing=True):
             built = torch.compile(model, mode=self.args.compile_mode)
             built(x)
             built(x)
-        self.runs["torch.compile"] = timed(torch.no_grad()(lambda: built(x)))
+        self.runs[name] = timed(torch.no_grad()(lambda: built(x)))
 
     def _onnx_runtime(self, path: Path, x: Tensor) -> None:
         import onnxruntime

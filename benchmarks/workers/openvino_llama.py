@@ -1,12 +1,12 @@
 """A Llama of given sizes and weights under OpenVINO, timed on request: `cpu_decode.py` starts it.
 
-    python openvino_llama.py WEIGHTS.safetensors SIZES.json q4_0|q8_0|bf16 THREADS [GROUP]
+    python openvino_llama.py WEIGHTS.safetensors SIZES.json q4_0|q8_0|bf16|f32 THREADS [GROUP]
 
 The model is made of OpenVINO's own operations in the form that its plugin for processors fuses: stateful caches that
 `ScaledDotProductAttention` reads and writes (the plugin keeps them in 8 bits), rotary embedding, RMS norm, and
 constants that are dequantized in front of a product, as its tool for weight compression writes them. Weights: int4 in
-groups of GROUP (32 by default), int8 a row (what that tool does by default), or bf16. Activations are what the plugin
-chooses.
+groups of GROUP (32 by default), int8 a row (what that tool does by default), bf16 or f32. Activations are what the
+plugin chooses.
 
 Prints one JSON line when the model is compiled. Then it answers each line, a JSON list:
 `["prefill", N]` seconds of a prompt of N tokens; `["decode", N]` seconds of each of N tokens behind an empty cache;
@@ -79,6 +79,8 @@ class Llama:
         """A weight, [N, K], as floats that a product reads."""
         weight = self.weights.pop(f"{name}weight").astype(np.float32)
         rows, depth = weight.shape
+        if self.kind == "f32":
+            return ops.constant(weight)
         if self.kind == "bf16":
             upper = ((weight.view(np.uint32) + 0x7FFF + ((weight.view(np.uint32) >> 16) & 1)) >> 16).astype(np.uint16)
             return ops.convert(stored(upper, weight.shape, ov.Type.bf16), np.float32)
