@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from irc.compiler import Compiled, Draft
+from irc.compiled import Compiled, Draft
 from irc.core.errors import OptionError, StorageError
 from irc.core.program import VAL
 from irc.runtime.engine import Engine, EngineOptions

@@ -21,6 +21,8 @@ LAYERS = (
     "irc.runtime",
     "irc.view",
     "irc.compile_cache",
+    "irc.compiled_folder",
+    "irc.compiled",
     "irc.compiler",
     "irc.drafting",
     "irc.serving",
