@@ -6,7 +6,7 @@
 
 Both sides run in turns on the same threads; medians and the spread (10th to 90th percentile) of the ratios are printed.
 llama.cpp is built by `benchmarks/llama_cpp.py` the first time. Activations are int8 a token on both sides for integer
-weights. The read bandwidth is measured between the rounds. `--no-peer` leaves llama.cpp out.
+weights. The read bandwidth is measured between the tokens, medians of both are compared. `--no-peer` leaves llama.cpp out.
 """
 
 from __future__ import annotations
@@ -117,14 +117,19 @@ def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> di
     theirs: dict[str, list[float]] = {"decode": [], "prefill": []}
     bandwidth: list[float] = []
     meter = Meter(args.threads)
+    streams = meter.best_streams()
     for _ in range(args.rounds):
         decode.length = 0  # as llama-bench: tokens behind an empty cache
-        times = [decode.step(1) for _ in range(args.tokens)]
+        times, reads = [], []
+        for token in range(args.tokens):
+            times.append(decode.step(1))
+            if token % 4 == 3:  # the machine changes its pace: read between the tokens
+                reads.append(meter.once(streams))
         ours["decode"].append(1 / statistics.median(times))
         ours["verify"].append(statistics.median([decode.step(DRAFT) for _ in range(5)]) * ours["decode"][-1])
         prefill.length = 0
         ours["prefill"].append(PROMPT / prefill.step(PROMPT))
-        bandwidth.append(meter.read())
+        bandwidth.append(statistics.median(reads))
         if not args.no_peer:
             theirs["decode"].append(llama_cpp.run(shape, kind, generate=args.tokens, threads=args.threads))
             theirs["prefill"].append(llama_cpp.run(shape, kind, prompt=PROMPT, threads=args.threads))
