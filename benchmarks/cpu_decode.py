@@ -8,7 +8,7 @@ All run in turns on the same threads; medians and the spread (10th to 90th perce
 llama.cpp is built by `benchmarks/llama_cpp.py` the first time, OpenVINO installed by `benchmarks/openvino_peer.py`; it
 gets the same weights, in the form that its own tools write (`benchmarks/workers/openvino_llama.py`), and its logits are
 compared. Activations are int8 a token here and in llama.cpp for integer weights, what the plugin chooses in OpenVINO.
-The read bandwidth is measured between the rounds. `--without` leaves peers out.
+The read bandwidth is measured between the tokens, medians of both are compared. `--without` leaves peers out.
 """
 
 from __future__ import annotations
@@ -183,14 +183,19 @@ def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> di
     theirs: dict[str, list[float]] = {f"{what}_{name}": [] for name in peers for what in ("decode", "prefill")}
     bandwidth: list[float] = []
     meter = Meter(args.threads)
+    streams = meter.best_streams()
     for _ in range(args.rounds):
         decode.length = 0  # as llama-bench: tokens behind an empty cache
-        times = [decode.step(1) for _ in range(args.tokens)]
+        times, reads = [], []
+        for token in range(args.tokens):
+            times.append(decode.step(1))
+            if token % 4 == 3:  # the machine changes its pace: read between the tokens
+                reads.append(meter.once(streams))
         ours["decode"].append(1 / statistics.median(times))
         ours["verify"].append(statistics.median([decode.step(DRAFT) for _ in range(5)]) * ours["decode"][-1])
         prefill.length = 0
         ours["prefill"].append(PROMPT / prefill.step(PROMPT))
-        bandwidth.append(meter.read())
+        bandwidth.append(statistics.median(reads))
         for name, peer in peers.items():
             theirs[f"decode_{name}"].append(peer.decode(args.tokens))
             theirs[f"prefill_{name}"].append(peer.prefill(PROMPT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from irc.compiler import Compiled, Draft
+from irc.compiled import Compiled, Draft
 from irc.core.errors import OptionError, StorageError
 from irc.core.program import VAL
 from irc.runtime.engine import Engine, EngineOptions
@@ -45,10 +46,8 @@ class Serving:
 
     def __init__(self, compiled: Compiled, **options: Any) -> None:
         try:
-            import fastapi  # noqa: F401
-            import jinja2  # noqa: F401
-            import prometheus_client  # noqa: F401
-            import uvicorn  # noqa: F401
+            for package in ("fastapi", "jinja2", "prometheus_client", "uvicorn"):
+                importlib.import_module(package)
         except ImportError as error:
             raise OptionError(f"{error.name} is missing: pip install 'irc-compiler[server]'") from None
         self.options = _Options(**options)

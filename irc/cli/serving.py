@@ -12,7 +12,7 @@ from irc.cli.models import load_model
 from irc.cli.programs import Model
 
 if TYPE_CHECKING:
-    from irc.compiler import Compiled
+    from irc.compiled import Compiled
 
 Memory = Annotated[str | None, typer.Option("--memory", help="Most memory of the cache, such as 512M or 2G.")]
 Passes = Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: a paged key-value cache.")]

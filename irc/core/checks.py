@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from irc.core import provenance
+from irc.core.content_hash import fingerprint
 from irc.core.contract import Finding, Pass, PassResult
 from irc.core.errors import IrcError, PassError, VerificationError
 from irc.core.excerpt import node_text, window
-from irc.core.hashing import fingerprint
 from irc.core.program import Program
 from irc.core.report import nearest_miss, skip_text
 
