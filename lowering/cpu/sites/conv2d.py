@@ -26,7 +26,7 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     layer = Convolution.of(definer, node)
     if layer is None or not constant(layer.weight):
         return None
-    # Weights in halves are widened once, when they are packed: they are few, and are read again for each block of pixels.
+    # Weights in halves are widened when they are packed: they are few, and are read again for each block of pixels.
     problem = layer.problem(definer, activation=definer.dtype(layer.x), weight="f32")
     if definer.dtype(layer.weight) not in C_TYPES or template.refuses(problem, "plain") is not None:
         return None
