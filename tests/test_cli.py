@@ -37,6 +37,12 @@ def broken():
             return x if x.sum() > 0 else -x
     return Data(), (torch.randn(2, 3),)
 
+def failing():
+    return {}["weights"]
+
+def other():
+    return nn.Linear(5, 2), (torch.randn(2, 5),)
+
 NUMBER = 3
 '''
 OWN_PASS = '''
@@ -161,6 +167,9 @@ def test_lists(run) -> None:
         (["capture", "{file}:biuld", "-o", "{folder}/out"], ["biuld", "build"]),
         (["capture", "{file}:NUMBER", "-o", "{folder}/out"], ["NUMBER"]),
         (["capture", "{file}:broken", "-o", "{folder}/out"], ["net.py"]),
+        (["capture", "{file}:failing", "-o", "{folder}/out"], ["net.py fails", 'return {}["weights"]', "KeyError"]),
+        (["check", "{model}", "--against", "{file}:other"], ["input is f32[2, 3, 8, 8], not f32[B, 5]"]),
+        (["dump", "{model}", "--picture", "{folder}/none/out.svg"], ["there is no folder"]),
         (["dump", "{folder}/nothing"], ["nothing", "does not exist"]),
         (["dump", "{model}", "--picture", "{folder}/out.bmp"], ["bmp", "svg"]),
         (["dump", "{model}", "--layer", "layer9"], ["layer9", "head"]),
@@ -182,6 +191,31 @@ def test_bad_input_is_a_plain_error(run, model: str, tmp_path: Path, arguments: 
         assert word in err
     left = sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__")
     assert left == [b for b in before if b != "__pycache__"]
+
+
+def test_a_place_that_is_taken_is_told_before_the_work(run, model: str, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for arguments in (["opt", model, "-p", "fold-conv-batch-norm"], ["capture", model]):
+        code, out, err = run(*arguments, "-o", taken)
+        assert (code, out) == (2, "")
+        assert "taken exists and is not a folder" in err
+    assert taken.read_text() == "mine"
+
+
+def test_files_of_other_tools(run, model: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    assert run("compile", model, "-t", "onnx", "-o", path)[0] == 0
+    code, out, _ = run("dump", path)
+    assert code == 0
+    assert "aten.conv2d" in out
+    for name in ("net.onnx", "net.gguf", "net.pt2"):
+        (tmp_path / name).write_bytes(b"GGUF and more that is none")
+        code, _, err = run("dump", tmp_path / name)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert name in err
+        assert "Traceback" not in err
 
 
 def test_half_written_program_is_refused(run, model: str, tmp_path: Path) -> None:

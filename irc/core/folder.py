@@ -41,12 +41,11 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         StorageError: weights without data, a target that is no program folder, or a full disk.
     """
     folder = Path(folder)
-    _check_target(folder)
+    prepare(folder)
     missing = [name for name, tensor in program.weights.items() if tensor.device.type == "meta"]
     if missing:
         raise StorageError(f"program {program.name} has no values for {len(missing)} weights (first: {missing[0]})")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error}") from error
@@ -59,13 +58,24 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_target(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Find out, before long work, that a program can be written there: nothing else is in the way, its parent exists.
+
+    Raises:
+        StorageError: it cannot.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StorageError(f"{folder} exists and is not a folder")
     if folder.is_dir():
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in (GRAPH, WEIGHTS, INPUTS, MANIFEST))
         if strangers:
             raise StorageError(f"{folder} holds other files ({', '.join(strangers[:5])}): choose another place")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error}") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise StorageError(f"cannot write {folder}: {folder.parent} is not writable")
 
 
 def _write(program: TypedGraph, folder: Path) -> None:

@@ -4,8 +4,7 @@
 // the layout of packed weights.
 //
 // One token: panels are read once, four at a time, the sums stay in registers, memory sets the pace. 2 or more tokens: for each group
-// of a panel all tiles of a block of tokens pass, so a group is read from memory once a block and the block's
-// activations stay in the second-level cache.
+// of a panel all tiles of a block of tokens pass, so a group is read from memory once a block.
 //
 // The epilogue is called as epilogue(m, n0, n1, values) for columns n0 to n1 of row m with n0 a multiple of 32 and
 // n1 - n0 = 32 but for the last, each exactly once, from any worker.
@@ -19,8 +18,9 @@ IRC_BEGIN
 
 constexpr int64_t columns = 32;
 constexpr int64_t row_columns = 16 * row_panels;
-// Tokens whose sums are kept at a time, and the bytes that their activations may take: half of a second-level cache.
-constexpr int64_t most_rows = 96, activations_cache = 256 * 1024;
+// Tokens whose sums are kept at a time, and the bytes that their activations may take: they pass as one stream, which the
+// third-level cache delivers in time.
+constexpr int64_t most_rows = 128, activations_cache = 1024 * 1024;
 
 // One token against P neighbouring panels: 16 results each, not yet times the token's scale. Behind the end of its panel
 // a stream prefetches the panel that it reads next, that of the following block.
