@@ -15,6 +15,7 @@ from torch import Tensor
 from irc.compile_cache.entry import Kept
 from irc.compile_cache.lookup import look_up
 from irc.core.calibration import CALIBRATION_KEY
+from irc.core.collection import walking_once
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import IrcError, OptionError, StorageError
 from irc.core.instruments import Instrument
@@ -41,6 +42,7 @@ from irc.view.progress import shown_progress
 _INFO_FILE, _TOKENIZER_FILE = "compiled.json", "tokenizer.json"
 
 
+@walking_once()
 def compile(
     model: Any,
     passes: Source | None = None,
