@@ -73,6 +73,10 @@ class Meter:
         self._library.meter_read(self._pool, self._view, ctypes.c_int64(self.num_bytes), ctypes.c_int64(streams))
         return self.num_bytes / (self._clock() - started)
 
+    def best_streams(self, rounds: int = 3) -> int:
+        """The number of streams a thread that reads fastest."""
+        return max(STREAMS, key=lambda streams: max(self.once(streams) for _ in range(rounds)))
+
     def read(self, rounds: int = 2) -> float:
         """Bytes a second: the best of all numbers of streams."""
         return max(self.once(streams) for _ in range(rounds) for streams in STREAMS)

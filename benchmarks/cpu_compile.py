@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+PROMPT = 512
+
 
 def compile_once(shape: str, kind: str, threads: int, folder: str, *, cached: bool) -> dict[str, float]:
     """Seconds of a compilation by part; the artifact is saved into the folder.
@@ -46,19 +48,37 @@ def compile_once(shape: str, kind: str, threads: int, folder: str, *, cached: bo
 
 
 def load_once(threads: int, folder: str) -> dict[str, float]:
-    """Seconds until a saved artifact is ready, and of its first token."""
+    """Seconds until a saved artifact is ready, and of its first token; what it takes of memory.
+
+    `memory_share`: the most memory above that of Python and PyTorch, with prompts as long as the cache having passed, of
+    the bytes of weights and cache (mapped weights count as far as they were touched).
+    """
     import torch
 
     import irc
     import irc.lowering
 
     load = irc.load  # imports what it needs
+    before = memory("VmRSS")
     started = time.perf_counter()
     artifact = load(Path(folder) / "model.irca", options={"threads": threads})
     loaded = time.perf_counter()
     caches = artifact.new_caches(1)
     artifact.step(caches, torch.tensor([[1]]), torch.tensor([[0]]), torch.tensor([[0]]))
-    return {"total_s": loaded - started, "first_token_s": time.perf_counter() - loaded}
+    first_token = time.perf_counter() - loaded
+    length = caches[0].shape[2]
+    for start in range(0, length, PROMPT):
+        positions = torch.arange(start, min(length, start + PROMPT)).unsqueeze(0)
+        artifact.step(caches, positions % 1000, positions, torch.tensor([[positions.shape[1] - 1]]))
+    cache_bytes = sum(cache.nbytes for cache in caches)
+    share = (memory("VmHWM") - before) / (artifact.weight_bytes + cache_bytes)
+    return {"total_s": loaded - started, "first_token_s": first_token, "memory_share": share}
+
+
+def memory(line: str) -> int:
+    """Bytes that Linux counts for this process."""
+    text = Path("/proc/self/status").read_text().split(f"{line}:", 1)[1]
+    return int(text.split()[0]) << 10
 
 
 def in_process(what: str, args: argparse.Namespace, folder: str) -> dict[str, float]:

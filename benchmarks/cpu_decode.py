@@ -1,12 +1,14 @@
-"""Target cpu against llama.cpp at the shapes of real Llamas, random weights: decode, prefill, verification.
+"""Target cpu against llama.cpp and OpenVINO at shapes of real Llamas, random weights: decode, prefill, verification.
 
     python benchmarks/cpu_decode.py --shape 135M --format q4_0
     python benchmarks/cpu_decode.py --shape 1.1B --format q4_0 q8_0 bf16      # needs about 10 GB
     python benchmarks/cpu_decode.py --shape 1.1B-half --format q4_0           # the same layers, half as many
 
-Both sides run in turns on the same threads; medians and the spread (10th to 90th percentile) of the ratios are printed.
-llama.cpp is built by `benchmarks/llama_cpp.py` the first time. Activations are int8 a token on both sides for integer
-weights. The read bandwidth is measured between the rounds. `--no-peer` leaves llama.cpp out.
+All run in turns on the same threads; medians and the spread (10th to 90th percentile) of the ratios are printed.
+llama.cpp is built by `benchmarks/llama_cpp.py` the first time, OpenVINO installed by `benchmarks/openvino_peer.py`; it
+gets the same weights, in the form that its own tools write (`benchmarks/workers/openvino_llama.py`), and its logits are
+compared. Activations are int8 a token here and in llama.cpp for integer weights, what the plugin chooses in OpenVINO.
+The read bandwidth is measured between the tokens, medians of both are compared. `--without` leaves peers out.
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import llama_cpp
+import openvino_peer
 from bandwidth import Meter
 
 import irc
@@ -40,6 +47,7 @@ PASSES = {
 # The types of llama.cpp's cache (f16), and of the model where that is bf16.
 CACHES = {"q4_0": "f16", "q8_0": "f16", "bf16": "bf16"}
 PROMPT, DRAFT, CONTEXT = 512, 8, 1024
+IDS = [5, 9, 77, 300, 12, 4, 8]
 
 
 @dataclass
@@ -53,8 +61,8 @@ class Built:
     report: Report
 
 
-def build(shape: str, kind: str, threads: int, cache: str | None = None) -> Built:
-    """A random Llama compiled for the processor, or taken from a cache of compilations."""
+def random_llama(shape: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama with random weights, the same each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -65,11 +73,18 @@ def build(shape: str, kind: str, threads: int, cache: str | None = None) -> Buil
         max_position_embeddings=CONTEXT, tie_word_embeddings=False,
     )  # fmt: skip
     with no_init_weights():
-        model = LlamaForCausalLM(config).to(torch.bfloat16 if kind == "bf16" else torch.float32).eval()
+        model: nn.Module = LlamaForCausalLM(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "norm" in name else weight.uniform_(-0.03, 0.03, generator=generator)
+    return model
+
+
+def build(shape: str, kind: str, threads: int, cache: str | None = None) -> Built:
+    """A random Llama compiled for the processor, or taken from a cache of compilations."""
+    sizes = llama_cpp.SHAPES[shape]
+    model = random_llama(shape, torch.bfloat16 if kind == "bf16" else torch.float32)
     # Quantized before they are merged: then an eighth of the bytes is merged.
     passes = [
         PASSES[kind],
@@ -101,39 +116,100 @@ class Session:
         """Seconds of a step of `count` tokens, logits of all of them if few, else of the last."""
         if self.length + count > CONTEXT:
             self.length = 0
-        tokens = torch.randint(0, 1000, (1, count))
+        return self.timed(torch.randint(0, 1000, (1, count)))[0]
+
+    def timed(self, tokens: Tensor) -> tuple[float, Tensor]:
+        """Seconds of a step of these tokens, [1, S], and its logits."""
+        count = tokens.shape[1]
         positions = torch.arange(self.length, self.length + count).unsqueeze(0)
         wanted = torch.arange(count).unsqueeze(0) if count <= DRAFT else torch.tensor([[count - 1]])
         started = time.perf_counter()
-        self.artifact.step(self.caches, tokens, positions, wanted)
+        logits = self.artifact.step(self.caches, tokens, positions, wanted)
+        spent = time.perf_counter() - started
         self.length += count
-        return time.perf_counter() - started
+        return spent, logits
+
+
+class LlamaCpp:
+    """Tokens a second of llama.cpp."""
+
+    def __init__(self, shape: str, kind: str, args: argparse.Namespace) -> None:
+        self.run = partial(llama_cpp.run, shape, kind, threads=args.threads)
+
+    def decode(self, count: int) -> float:
+        return self.run(generate=count)
+
+    def prefill(self, count: int) -> float:
+        return self.run(prompt=count)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class OpenVino:
+    """Tokens a second of OpenVINO on the same weights, in a process of its own."""
+
+    def __init__(self, shape: str, kind: str, args: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory(prefix="irc-openvino-") as folder:
+            weights, sizes = Path(folder) / "weights.safetensors", Path(folder) / "sizes.json"
+            safetensors.torch.save_file(random_llama(shape, torch.float16).state_dict(), str(weights))
+            sizes.write_text(json.dumps(asdict(llama_cpp.SHAPES[shape])))
+            interpreter = args.openvino_python or openvino_peer.python()
+            options = (weights, sizes, args.openvino_format or kind, args.threads, args.openvino_group)
+            self.worker = openvino_peer.Worker(interpreter, "openvino_llama.py", *options)
+
+    def decode(self, count: int) -> float:
+        return 1 / statistics.median(self.worker.ask(["decode", count]))
+
+    def prefill(self, count: int) -> float:
+        return count / float(self.worker.ask(["prefill", count])[0])
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Behind the last token, which is a step of its own."""
+        return torch.tensor(self.worker.ask(["logits", ids]))
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+PEERS = {"llama_cpp": LlamaCpp, "openvino": OpenVino}
 
 
 def measure(built: Built, shape: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds in turns with llama.cpp."""
+    """Rounds in turns with the peers."""
     decode, prefill = Session(built.artifact), Session(built.artifact)
     ours: dict[str, list[float]] = {"decode": [], "prefill": [], "verify": []}
-    theirs: dict[str, list[float]] = {"decode": [], "prefill": []}
+    peers = {name: make(shape, kind, args) for name, make in PEERS.items() if name not in args.without}
+    theirs: dict[str, list[float]] = {f"{what}_{name}": [] for name in peers for what in ("decode", "prefill")}
     bandwidth: list[float] = []
     meter = Meter(args.threads)
+    streams = meter.best_streams()
     for _ in range(args.rounds):
         decode.length = 0  # as llama-bench: tokens behind an empty cache
-        times = [decode.step(1) for _ in range(args.tokens)]
+        times, reads = [], []
+        for token in range(args.tokens):
+            times.append(decode.step(1))
+            if token % 4 == 3:  # the machine changes its pace: read between the tokens
+                reads.append(meter.once(streams))
         ours["decode"].append(1 / statistics.median(times))
         ours["verify"].append(statistics.median([decode.step(DRAFT) for _ in range(5)]) * ours["decode"][-1])
         prefill.length = 0
         ours["prefill"].append(PROMPT / prefill.step(PROMPT))
-        bandwidth.append(meter.read())
-        if not args.no_peer:
-            theirs["decode"].append(llama_cpp.run(shape, kind, generate=args.tokens, threads=args.threads))
-            theirs["prefill"].append(llama_cpp.run(shape, kind, prompt=PROMPT, threads=args.threads))
+        bandwidth.append(statistics.median(reads))
+        for name, peer in peers.items():
+            theirs[f"decode_{name}"].append(peer.decode(args.tokens))
+            theirs[f"prefill_{name}"].append(peer.prefill(PROMPT))
     result: dict[str, Any] = {"shape": shape, "format": kind, "threads": args.threads, "compile_s": built.compile_s}
     for what in ("decode", "prefill"):
         result[f"{what}_tokens_s"] = statistics.median(ours[what])
-        if theirs[what]:
-            result[f"{what}_llama_cpp"] = statistics.median(theirs[what])
-            result[f"{what}_ratio"] = spread([a / b for a, b in zip(ours[what], theirs[what], strict=True)])
+        for name in peers:
+            values = theirs[f"{what}_{name}"]
+            result[f"{what}_{name}"] = statistics.median(values)
+            result[f"{what}_ratio_{name}"] = spread([a / b for a, b in zip(ours[what], values, strict=True)])
+    if isinstance(peers.get("openvino"), OpenVino):
+        result["openvino_difference"] = difference(decode, peers["openvino"].logits(IDS))
+    for peer in peers.values():
+        peer.close()
     result["verify_8_steps"] = spread(ours["verify"])
     result["bandwidth_gb_s"] = spread([b / 1e9 for b in bandwidth])
     step_bytes = built.token_bytes + built.position_bytes * args.tokens // 2
@@ -149,13 +225,25 @@ def spread(values: list[float]) -> list[float]:
     return [round(statistics.median(values), 3), round(low, 3), round(high, 3)]
 
 
+def difference(session: Session, theirs: Tensor) -> float:
+    """Relative distance of our logits behind the same tokens: they must come from the same model."""
+    session.length = 0
+    session.timed(torch.tensor([IDS[:-1]]))
+    ours = session.timed(torch.tensor([IDS[-1:]]))[1].flatten().float()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
 def show(result: dict[str, Any]) -> None:
-    print(f"  decode  {result['decode_tokens_s']:8.1f} tok/s  llama.cpp {result.get('decode_llama_cpp', 0):8.1f}"
-          f"  ratio {result.get('decode_ratio')}  of read bandwidth {result['of_bandwidth']}"
-          f" ({result['bandwidth_gb_s'][0]} GB/s)")  # fmt: skip
-    print(f"  prefill {result['prefill_tokens_s']:8.1f} tok/s  llama.cpp {result.get('prefill_llama_cpp', 0):8.1f}"
-          f"  ratio {result.get('prefill_ratio')}")  # fmt: skip
-    print(f"  verify of {DRAFT} tokens costs {result['verify_8_steps']} decode steps", flush=True)
+    for what in ("decode", "prefill"):
+        text = f"  {what:7} {result[f'{what}_tokens_s']:8.1f} tok/s"
+        for name in PEERS:
+            if f"{what}_{name}" in result:
+                text += f"  {name} {result[f'{what}_{name}']:8.1f}, ratio {result[f'{what}_ratio_{name}']}"
+        print(text)
+    print(f"  of read bandwidth {result['of_bandwidth']} ({result['bandwidth_gb_s'][0]} GB/s)")
+    print(f"  verify of {DRAFT} tokens costs {result['verify_8_steps']} decode steps")
+    if "openvino_difference" in result:
+        print(f"  logits differ from OpenVINO's by {result['openvino_difference']:.3f}", flush=True)
 
 
 def main() -> None:
@@ -165,12 +253,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--no-peer", action="store_true", help="leave llama.cpp out")
-    parser.add_argument("--quick", action="store_true", help="two short rounds, without llama.cpp")
+    parser.add_argument("--without", choices=PEERS, nargs="+", default=[], help="peers that are left out")
+    parser.add_argument("--openvino-python", help="a Python that has openvino; default: installed once")
+    parser.add_argument("--openvino-format", choices=(*PASSES, "f32"), help="of its weights; default: as ours")
+    parser.add_argument("--openvino-group", type=int, default=32, help="weights that share a scale in its int4")
+    parser.add_argument("--quick", action="store_true", help="two short rounds, without peers")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.tokens, args.no_peer = 2, 8, True
+        args.rounds, args.tokens, args.without = 2, 8, list(PEERS)
     results = []
     for kind in args.format:
         results.append(measure(build(args.shape, kind, args.threads), args.shape, kind, args))

@@ -1,14 +1,15 @@
 """CNN and encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50 and BERT-base, random weights.
 
-    python benchmarks/cpu_models.py --openvino-python /path/to/python      # f32, batch 1 and 8
+    python benchmarks/cpu_models.py                                        # f32, batch 1 and 8
     python benchmarks/cpu_models.py --model resnet50 --format int8 --batch 1
     python benchmarks/cpu_models.py --quick                                # a small ResNet and a small BERT
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
 90th percentile) and the fastest peer's median over ours. ResNet sees 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
-`bf16` (weights and activations; ONNX Runtime has none); `int8` (weights a channel, activations static, attention f32;
-PyTorch runs f32, ONNX Runtime its static QDQ, OpenVINO NNCF's quantization). OpenVINO and NNCF live behind
-`--openvino-python`; without it they are left out.
+`bf16` (weights and activations; `torch.compile` in f32, too; ONNX Runtime has none and runs f32, so does OpenVINO where
+the processor has no bf16); `int8` (weights a channel, activations static, attention f32; `torch.compile` runs f32, ONNX
+Runtime its static QDQ, OpenVINO NNCF's quantization). PyTorch eager runs f32, whatever the format. OpenVINO and NNCF
+are installed the first time into an environment of their own (`openvino_peer.py`); `--without` leaves peers out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from openvino_peer import Worker, python
 
 import irc
 from irc.lowering.cpp.templates.base import detect_isa
@@ -93,24 +98,27 @@ class Engines:
     def __init__(self, model: nn.Module, x: Tensor, kind: str, args: argparse.Namespace) -> None:
         self.kind, self.args = kind, args
         self.runs: dict[str, Run] = {}
+        self.worker: Worker | None = None
         self.notes: list[str] = []
         wide = x if x.dtype == torch.int64 or kind != "bf16" else x.bfloat16()
         plain = copy.deepcopy(model).to(torch.bfloat16) if kind == "bf16" else model
         with torch.no_grad():
             self.wanted = first(plain(wide)).float()
             self._irc(plain, wide)
-            self.runs["eager"] = timed(torch.no_grad()(lambda: plain(wide)))
+            self.runs["eager f32"] = timed(torch.no_grad()(lambda: model(x)))
             if "compile" not in args.without:
-                self._inductor(plain, wide)
+                self._inductor("torch.compile", plain, wide)
+                if kind == "bf16":
+                    self._inductor("torch.compile f32", model, x)
         with tempfile.TemporaryDirectory(prefix="irc-models-") as scratch:
             path = Path(scratch) / "model.onnx"
             if {"onnxruntime", "openvino"} - set(args.without):
                 torch.onnx.export(
                     model, (x,), str(path), dynamo=True, opset_version=18, verbose=False, external_data=False
                 )
-            if "onnxruntime" not in args.without and kind != "bf16":
+            if "onnxruntime" not in args.without:
                 self._onnx_runtime(path, x)
-            if "openvino" not in args.without and args.openvino_python:
+            if "openvino" not in args.without:
                 self._openvino(path, x)
 
     def _irc(self, model: nn.Module, x: Tensor) -> None:
@@ -128,14 +136,14 @@ class Engines:
         self.error = float((found - self.wanted).norm() / self.wanted.norm())
         self.runs["irc"] = timed(lambda: self.artifact.run(x))
 
-    def _inductor(self, model: nn.Module, x: Tensor) -> None:
+    def _inductor(self, name: str, model: nn.Module, x: Tensor) -> None:
         import torch._inductor.config as settings
 
         with settings.patch(freezing=True):
-            built = torch.compile(model)
+            built = torch.compile(model, mode=self.args.compile_mode)
             built(x)
             built(x)
-        self.runs["torch.compile"] = timed(torch.no_grad()(lambda: built(x)))
+        self.runs[name] = timed(torch.no_grad()(lambda: built(x)))
 
     def _onnx_runtime(self, path: Path, x: Tensor) -> None:
         import onnxruntime
@@ -154,31 +162,14 @@ class Engines:
 
         data = path.with_name("inputs.npz")
         numpy.savez(data, x.numpy())
-        worker = Path(__file__).resolve().parent / "workers" / "openvino_model.py"
-        command = [self.args.openvino_python, str(worker), str(path), str(data), str(self.args.threads), self.kind]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        self.worker = Worker(
+            self.args.openvino_python or python(), "openvino_model.py", path, data, self.args.threads, self.kind
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        pipe, answers = process.stdin, process.stdout
-        lines = iter(answers.readline, "")
-        ready = next((line for line in lines if line.startswith("{")), None)
-        if ready is None:
-            raise SystemExit(f"OpenVINO's worker failed:\n{process.communicate()[1][-2000:]}")
-        self.process = process
-
-        def run(count: int) -> list[float]:
-            pipe.write(f"{count}\n")
-            pipe.flush()
-            return list(json.loads(answers.readline()))
-
-        self.runs["openvino"] = run
+        self.runs["openvino"] = self.worker.ask
 
     def close(self) -> None:
-        if hasattr(self, "process"):
-            self.process.stdin.close()
-            self.process.wait()
+        if self.worker is not None:
+            self.worker.close()
 
 
 def quantized_onnx(path: Path, x: Tensor) -> Path:
@@ -240,8 +231,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--openvino-python", help="a Python that has openvino and nncf")
+    parser.add_argument("--openvino-python", help="a Python that has openvino and nncf; default: installed once")
     parser.add_argument("--without", nargs="+", default=[], choices=("compile", "onnxruntime", "openvino"))
+    parser.add_argument("--compile-mode", choices=("default", "max-autotune"), default="default",
+                        help="of torch.compile; weights are frozen in both")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small models, batch 1, three rounds, PyTorch eager only")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     args = parser.parse_args()

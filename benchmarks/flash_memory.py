@@ -114,7 +114,7 @@ def measure(sizes: Sequence[int], *, resident: bool = True) -> dict[str, Any]:
             k, v = (torch.randn(1, KV_HEADS, size, HEAD_DIM, generator=generator) for _ in range(2))
             counted = counted_peak(lambda: case(q, k, v))  # noqa: B023  (called at once)
             start = time.perf_counter()
-            measured = measured_peak(lambda: case(q, k, v)) if resident else None  # noqa: B023
+            measured = measured_peak(lambda: case(q, k, v)) if resident else None  # noqa: B023  (likewise)
             elapsed_ms = (time.perf_counter() - start) * 1e3
             rows.setdefault(name, []).append(
                 {"size": size, "counted_bytes": counted, "measured_bytes": measured, "ms": round(elapsed_ms, 1)}

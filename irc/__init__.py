@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from irc.compiler import Compiled as Compiled
+    from irc.compiled import Compiled as Compiled
     from irc.compiler import compile as compile
     from irc.compiler import load as load
     from irc.core.bisect import bisect as bisect
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "CalibrationData": "irc.core.calibration",
-    "Compiled": "irc.compiler",
+    "Compiled": "irc.compiled",
     "EvaluationData": "irc.evaluation.data",
     "IrcError": "irc.core.errors",
     "PassContext": "irc.core.contract",

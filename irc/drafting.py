@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irc.compiler import Compiled
+from irc.compiled import Compiled
 from irc.compiler import compile as compile_model
 from irc.core.contract import Pass, PassContext
 from irc.core.errors import OptionError

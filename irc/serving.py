@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from irc.compiler import Compiled, Draft
+from irc.compiled import Compiled, Draft
 from irc.core.errors import OptionError, StorageError
 from irc.core.program import VAL
 from irc.runtime.engine import Engine, EngineOptions
@@ -45,10 +47,8 @@ class Serving:
 
     def __init__(self, compiled: Compiled, **options: Any) -> None:
         try:
-            import fastapi  # noqa: F401
-            import jinja2  # noqa: F401
-            import prometheus_client  # noqa: F401
-            import uvicorn  # noqa: F401
+            for package in ("fastapi", "jinja2", "prometheus_client", "uvicorn"):
+                importlib.import_module(package)
         except ImportError as error:
             raise OptionError(f"{error.name} is missing: pip install 'irc-compiler[server]'") from None
         self.options = _Options(**options)
@@ -130,6 +130,21 @@ def _filled(name: str, ids: Tensor) -> Tensor:
 
 def _token(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def require_free(host: str, port: int) -> None:
+    """Find out, before a model is loaded, that a server can listen there.
+
+    Raises:
+        OptionError: the port is taken or needs more rights, or the address is none of this machine.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OptionError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
 
 
 def serve_forever(serving: Serving, *, host: str, port: int) -> None:

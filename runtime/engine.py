@@ -21,6 +21,7 @@ from torch import Tensor
 
 from irc.core.errors import OptionError
 from irc.core.paged import PagedModel, StepInputs
+from irc.runtime.admission import blocks_of_cache, why_not_served
 from irc.runtime.block_manager import BlockManager
 from irc.runtime.branches import MOST_ROWS as MOST_BRANCHES
 from irc.runtime.continuation import continued
@@ -34,8 +35,6 @@ from irc.runtime.speculation.acceptance import accept_greedy
 from irc.runtime.speculation.speculation import Speculation
 from irc.runtime.speculation.verification import Path, verified
 from irc.runtime.step_inputs import StepBuilder
-
-_DEFAULT_MEMORY = 1 << 30
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Engine:
         if model.max_sequences is not None:
             most = min(most, model.max_sequences)
         per_sequence = -(-model.max_length // model.block_size)
-        self.num_blocks = self._num_blocks(most * per_sequence)
+        self.num_blocks = blocks_of_cache(model, self.options.memory_bytes, most * per_sequence)
         self.blocks = BlockManager(self.num_blocks, model.block_size, prefix_cache=self.options.prefix_cache)
         self.scheduler = Scheduler(
             self.blocks, max_tokens=self.options.max_batch_tokens, max_sequences=most,
@@ -69,15 +68,6 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._count = 0
         self._num_deadlines = 0
-
-    def _num_blocks(self, wanted: int) -> int:
-        size, limit = self.model.block_bytes, self.options.memory_bytes
-        found = min(wanted, (_DEFAULT_MEMORY if limit is None else limit) // size)
-        if limit is None:
-            return max(found, -(-self.model.max_length // self.model.block_size))
-        if found < 1:
-            raise OptionError(f"memory_bytes={limit} does not hold one block of {size} bytes")
-        return found
 
     # ---------------------------------------------------------------- requests
 
@@ -120,28 +110,7 @@ class Engine:
         Raises:
             OptionError: all problems at once.
         """
-        size, limit, problems = self.model.vocabulary_size, self.model.max_length, []
-        wrong = [token for token in request.prompt if not 0 <= token < size]
-        if not request.prompt:
-            problems.append("the prompt is empty: it has no token to go on from")
-        elif wrong:
-            problems.append(f"the prompt has token {wrong[0]}; ids run from 0 to {size - 1}")
-        elif len(request.prompt) > limit:
-            problems.append(f"the prompt has {len(request.prompt)} tokens, the cache holds at most {limit}")
-        if request.max_new_tokens < 1:
-            problems.append(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        if request.num_samples < 1:
-            problems.append(f"the number of samples must be at least 1, not {request.num_samples}")
-        biased = [token for token, _ in request.sampling.logit_bias if token >= size]
-        if biased:
-            problems.append(f"logit_bias names token {biased[0]}; ids run from 0 to {size - 1}")
-        longest = min(len(request.prompt) + request.max_new_tokens - 1, limit)
-        needed = self.blocks.blocks_for(longest)
-        if not problems and needed > self.num_blocks:
-            problems.append(
-                f"it can grow to {longest} tokens, which take {needed * self.model.block_bytes} bytes of cache;"
-                f" the engine has {self.num_blocks * self.model.block_bytes}: ask for fewer tokens or give more memory"
-            )
+        problems = why_not_served(request, self.model, self.num_blocks)
         if problems:
             raise OptionError("this request cannot be served: " + "; ".join(problems))
 

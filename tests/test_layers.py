@@ -1,10 +1,12 @@
-"""Imports go one way, as docs/architecture.md says: command line → … → passes → core."""
+"""Imports go one way, as docs/architecture.md says: command line → … → passes → core, and never in circles."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,8 @@ LAYERS = (
     "irc.runtime",
     "irc.view",
     "irc.compile_cache",
+    "irc.compiled_folder",
+    "irc.compiled",
     "irc.compiler",
     "irc.drafting",
     "irc.serving",
@@ -73,6 +77,49 @@ def test_imports_point_down(path: Path) -> None:
         assert other is not None, f"{name} imports {imported}, which belongs to no layer"
         allowed = other <= own or any(name == a and imported.startswith(b) for a, b in ALLOWED)
         assert allowed, f"{name} ({LAYERS[own]}) imports {imported} ({LAYERS[other]}), a higher layer"
+
+
+def imports_that_run(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name) of each import, also of those in functions; not those that only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield from imports_that_run(other)
+        else:
+            yield from imports_that_run(node)
+
+
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Modules that need each other, directly or by way of others. `sources`: text by module name."""
+    graph = nx.DiGraph()
+    for name, text in sources.items():
+        for module, member in imports_that_run(ast.parse(text)):
+            found = f"{module}.{member}" if f"{module}.{member}" in sources else module
+            parts = found.split(".")
+            # Packages on the way run, too, unless the importing module is in them.
+            for package in (".".join(parts[:length]) for length in range(1, len(parts))):
+                if not f"{name}.".startswith(f"{package}."):
+                    graph.add_edge(name, package)
+            graph.add_edge(name, found)
+    return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
+
+
+def test_no_module_needs_itself() -> None:
+    found = circles({module_name(path): path.read_text() for path in SOURCES})
+    assert not found, "imports in a circle: " + "; ".join(", ".join(group) for group in found)
+
+
+def test_circles_are_found() -> None:
+    inside = {"a": "import b.c", "b": "", "b.c": "def f():\n    from a import x\n", "d": "import a"}
+    assert circles(inside) == [["a", "b.c"]]
+    package = {"a": "import b.c", "b": "from b.d import y", "b.c": "", "b.d": "from a import x"}
+    assert circles(package) == [["a", "b", "b.d"]]
+    types = {"a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import b", "b": "import a"}
+    assert circles(types) == []
 
 
 def test_the_check_can_fail() -> None:

@@ -23,6 +23,7 @@ from irc.core.instruments import DumpInstrument, Instrument
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Report, Row
+from irc.core.reproducer_folder import write_reproducer
 from irc.core.verification import NumericCheck
 
 Verify = Literal["each", "end", "off"]
@@ -198,8 +199,6 @@ class PassManager:
 
     def _failed(self, index: int, one: Pass, before: Program, inputs: tuple[Any, ...], error: IrcError) -> None:
         if self.repro_dir is not None:
-            from irc.core.reproducer import write_reproducer
-
             try:
                 folder = write_reproducer(self.repro_dir, before, one, inputs, error, verify=self.verify)
                 error.args = (f"{error}\n  reproducer: {folder}",)

@@ -13,36 +13,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
-import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from irc.core import options
 from irc.core.contract import Pass, registered_passes
 from irc.core.errors import OptionError, nearest
+from irc.core.pipeline_text import PassSpec, PipelineSyntaxError, parse_text
+from irc.core.pipeline_yaml import read_yaml_file
 
 Source = str | Path | Iterable[Any]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PROVIDER = "irc.passes"
-_MAX_DEPTH = 16
-
-
-@dataclasses.dataclass
-class PassSpec:
-    """A pass as written: its name and raw option values, not looked up yet."""
-
-    name: str
-    options: dict[str, options.Raw] = dataclasses.field(default_factory=dict)
-
-
-class _SyntaxError(ValueError):
-    """One thing wrong in the text of a pipeline."""
 
 
 @functools.cache
@@ -162,7 +146,7 @@ def _required(cls: type[Pass]) -> list[str]:
 
 def _items(source: Source, problems: list[str]) -> list[PassSpec | Pass]:
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
-        return list(_read_yaml_file(Path(source), problems))
+        return list(read_yaml_file(Path(source), problems))
     if isinstance(source, str):
         return list(parse_text(source, problems))
     if isinstance(source, (Pass, Mapping)) or not isinstance(source, Iterable):
@@ -193,7 +177,7 @@ def _mapping_specs(item: Mapping[Any, Any], problems: list[str]) -> list[PassSpe
             continue
         try:
             specs.append(PassSpec(str(name), {str(k): _raw(v) for k, v in (given or {}).items()}))
-        except _SyntaxError as error:
+        except PipelineSyntaxError as error:
             problems.append(f"pass {str(name)!r}: {error}")
     return specs
 
@@ -205,170 +189,7 @@ def _raw(value: Any) -> options.Raw:
         return [_raw(item) for item in value]
     if value is None or isinstance(value, (bool, int, float)):
         return options.write(value)
-    raise _SyntaxError(f"{value!r} cannot be an option value")
-
-
-# -------------------------------------------------------------------- text
-
-
-def parse_text(text: str, problems: list[str]) -> list[PassSpec]:
-    """Read `name{option=value,…},…`; syntax errors are added to `problems`, each with its place."""
-    specs: list[PassSpec] = []
-    reader = _Reader(text)
-    if not text.strip():
-        return specs
-    while True:
-        start = reader.at
-        try:
-            specs.append(reader.read_pass())
-            reader.expect_end_or_comma()
-        except _SyntaxError as error:
-            problems.append(f"{error} at column {reader.at + 1} of {text!r}")
-            reader.skip_pass(start)
-        if reader.at >= len(text):
-            return specs
-        reader.at += 1  # the comma
-
-
-class _Reader:
-    """A cursor over the text of a pipeline."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-
-    def peek(self) -> str:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        return self.text[self.at : self.at + 1]
-
-    def expect(self, char: str) -> None:
-        if self.peek() != char:
-            raise _SyntaxError(f"expected {char!r}")
-        self.at += 1
-
-    def expect_end_or_comma(self) -> None:
-        if self.peek() not in ("", ","):
-            raise _SyntaxError("expected ',' or '{' after the name of a pass")
-
-    def match(self, pattern: re.Pattern[str], what: str) -> str:
-        self.peek()
-        found = pattern.match(self.text, self.at)
-        if found is None:
-            raise _SyntaxError(f"expected {what}")
-        self.at = found.end()
-        return found[0]
-
-    def read_pass(self) -> PassSpec:
-        spec = PassSpec(self.match(_NAME, "the name of a pass"))
-        if self.peek() != "{":
-            return spec
-        self.at += 1
-        while self.peek() != "}":
-            key = self.match(_NAME, "the name of an option, or '}'")
-            if key in spec.options:
-                raise _SyntaxError(f"option {key!r} is given twice")
-            self.expect("=")
-            spec.options[key] = self.read_value()
-            if self.peek() != ",":
-                break
-            self.at += 1
-        self.expect("}")
-        return spec
-
-    def read_value(self, depth: int = 0) -> options.Raw:
-        start = self.peek()
-        if start == '"':
-            try:
-                value, self.at = json.JSONDecoder().raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                raise _SyntaxError(f"bad quoted text ({error.msg})") from None
-            return options.Quoted(value)
-        if start != "[":
-            pattern = options.BARE_ITEM if depth else options.BARE
-            return self.match(pattern, "a value (text with other characters needs double quotes)")
-        if depth >= _MAX_DEPTH:
-            raise _SyntaxError("lists are nested too deep")
-        self.at += 1
-        items: list[Any] = []
-        while self.peek() != "]":
-            items.append(self.read_value(depth + 1))
-            if self.peek() != ",":
-                break
-            self.at += 1
-        self.expect("]")
-        return items
-
-    def skip_pass(self, start: int) -> None:
-        """Move to the comma that ends the pass begun at `start`, so that the next ones are still checked."""
-        depth, self.at = 0, start
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char == "," and depth <= 0:
-                return
-            depth += (char in "{[") - (char in "}]")
-            self.at += 1
-
-
-# -------------------------------------------------------------------- YAML
-
-
-def _read_yaml_file(path: Path, problems: list[str]) -> list[PassSpec]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"cannot read {path}: {error}")
-        return []
-    return parse_yaml(text, problems)
-
-
-def parse_yaml(text: str, problems: list[str]) -> list[PassSpec]:
-    """Read a YAML list of passes (or a mapping with the list under `passes`).
-
-    Values are taken as written and converted by the type of the option, so `1e-5` is a number here too.
-    """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if isinstance(root, yaml.MappingNode) and [k.value for k, _ in root.value] == ["passes"]:
-            root = root.value[0][1]
-        if root is None:
-            return []
-        entries = root.value if isinstance(root, yaml.SequenceNode) else [root]
-        return [_yaml_pass(entry) for entry in entries]
-    except (yaml.YAMLError, _SyntaxError) as error:
-        problems.append(f"this YAML is no list of passes: {' '.join(str(error).split())}")
-        return []
-
-
-def _yaml_pass(node: yaml.Node) -> PassSpec:
-    if isinstance(node, yaml.ScalarNode):
-        return PassSpec(node.value)
-    where = f"line {node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode) or len(node.value) != 1:
-        raise _SyntaxError(f"{where}: expected the name of a pass, or one `name: {{option: value}}`")
-    name, given = node.value[0]
-    spec = PassSpec(str(name.value))
-    if isinstance(given, yaml.ScalarNode) and given.tag == "tag:yaml.org,2002:null":
-        return spec
-    if not isinstance(given, yaml.MappingNode):
-        raise _SyntaxError(f"{where}: the options of {spec.name} must be a mapping")
-    for key, value in given.value:
-        if key.value in spec.options:
-            raise _SyntaxError(f"{where}: option {key.value!r} is given twice")
-        spec.options[str(key.value)] = _yaml_value(value, 0)
-    return spec
-
-
-def _yaml_value(node: yaml.Node, depth: int) -> options.Raw:
-    if depth > _MAX_DEPTH:
-        raise _SyntaxError(f"line {node.start_mark.line + 1}: lists are nested too deep")
-    if isinstance(node, yaml.SequenceNode):
-        return [_yaml_value(item, depth + 1) for item in node.value]
-    if not isinstance(node, yaml.ScalarNode):
-        raise _SyntaxError(f"line {node.start_mark.line + 1}: an option value is a scalar or a list")
-    if node.tag == "tag:yaml.org,2002:null":
-        return "none"
-    return options.Quoted(node.value) if node.style in ("'", '"') else str(node.value)
+    raise PipelineSyntaxError(f"{value!r} cannot be an option value")
 
 
 __all__ = ["PassSpec", "load_providers", "parse_pipeline", "print_pass", "print_pipeline", "printed_options"]

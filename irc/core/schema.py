@@ -12,7 +12,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import nearest
-from irc.core.program import VAL
+from irc.core.typed import VAL
 
 NAMESPACES = ("aten", "irc", "prims", "_c10d_functional")
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from irc.core import typed
 from irc.core.contract import Finding
 from irc.core.errors import IrcError, VerificationError
+from irc.core.listing.printer import operation_text
+from irc.core.listing.values import is_dim_name, type_text
 from irc.core.program import VAL, Program, describe, dtype_name, is_size
 from irc.core.provenance import location, module_path, sources_of
 from irc.core.schema import argument_problems, refusal
 from irc.core.sizes import is_size_function
-from irc.core.text.values import is_dim_name
+from irc.core.text.parser import same_size
 
 _NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
 
@@ -36,8 +38,6 @@ def verify(program: Program, *, provenance: bool = False) -> None:
     findings = find_problems(program, provenance=provenance)
     if not findings:
         return
-    from irc.core.text.printer import operation_text
-
     lines = []
     nodes = {node.name: node for node in program.graph.nodes}
     for finding in findings:
@@ -238,14 +238,10 @@ def _same(program: Program, a: Any, b: Any) -> bool:
         return a is None and b is None
     if type(a) is int and type(b) is int:
         return a == b
-    from irc.core.text.parser import same_size
-
     return same_size(program, program.expr(a), b)
 
 
 def _shown(program: Program, value: Any) -> str:
-    from irc.core.text.values import type_text
-
     try:
         return type_text(program, value)
     except (IrcError, KeyError):

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from irc.compiler import Compiled
+from irc.compiled import Compiled
 from irc.compiler import compile as compile_model
 from irc.core.program import Program
 from irc.core.target import get_target

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from irc.compiler import Compiled
+from irc.compiled import Compiled
 from irc.core.contract import Progress
 from irc.core.errors import OptionError
 from irc.core.kv_cache import KVCache

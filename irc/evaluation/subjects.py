@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from irc.compiler import Compiled
+from irc.compiled import Compiled
 from irc.core import formats
 from irc.core.errors import IrcError, OptionError
 from irc.core.kv_cache import KVCache

@@ -9,6 +9,6 @@ Integers and scales are only ever moved, never computed again; what a layout can
 
 from __future__ import annotations
 
-from irc.interchange.layout import LAYOUTS as LAYOUTS
+from irc.interchange.layouts import LAYOUTS as LAYOUTS
 from irc.interchange.loading import load_quantized as load_quantized
 from irc.interchange.saving import save_quantized as save_quantized

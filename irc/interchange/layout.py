@@ -1,19 +1,19 @@
 """What a checkpoint layout does: one layer's tensors to a weight in a format and back, and the configuration.
 
-A layout says `Refusal(reason)` for what it cannot hold; `loading` and `saving` collect these over all layers.
+A layout says `Refusal(reason)` for what it cannot hold; `loading` and `saving` collect these over all layers. Those
+that there are: `layouts`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from irc.core.errors import OptionError, nearest
 from irc.core.formats import Format, Parts, QuantFormat
 
 
@@ -95,42 +95,6 @@ class Layout(ABC):
     @abstractmethod
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """A layer's tensors; raises `Refusal`."""
-
-
-@dataclass(frozen=True)
-class LayoutKind:
-    """A registered layout.
-
-    Attributes:
-        read: `quantization_config`, weights_only → layout; raises `Refusal`.
-        plan: weights by module, names of linear layers left in full precision → layout, `quantization_config`.
-    """
-
-    read: Callable[[Mapping[str, Any], bool], Layout]
-    plan: Callable[[Mapping[str, QuantizedWeight], list[str]], tuple[Layout, dict[str, Any]]]
-
-
-def _layouts() -> dict[str, LayoutKind]:
-    from irc.interchange import awq, compressed_tensors, gptq
-
-    return {
-        "compressed-tensors": LayoutKind(compressed_tensors.read, compressed_tensors.plan),
-        "int-quantized": LayoutKind(compressed_tensors.read, compressed_tensors.plan_plain),
-        "gptq": LayoutKind(gptq.read, gptq.plan),
-        "gptq_v2": LayoutKind(gptq.read, gptq.plan_v2),
-        "awq": LayoutKind(awq.read, awq.plan),
-    }
-
-
-LAYOUTS = ("compressed-tensors", "int-quantized", "gptq", "gptq_v2", "awq")
-
-
-def find_layout(name: str) -> LayoutKind:
-    """The layout of that name; raises `OptionError` with the nearest names."""
-    known = _layouts()
-    if name not in known:
-        raise OptionError(f"unknown checkpoint layout {name!r}{nearest(name, known)}")
-    return known[name]
 
 
 # -------------------------------------------------------------------- checks that layouts share

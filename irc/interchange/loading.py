@@ -16,7 +16,8 @@ from irc.core.errors import IrcError, StorageError, nearest
 from irc.core.program import VAL, Program
 from irc.core.provenance import mark_stage_start, track
 from irc.interchange.folder import as_config, read_folder
-from irc.interchange.layout import Layout, QuantizedWeight, Refusal, find_layout
+from irc.interchange.layout import Layout, QuantizedWeight, Refusal
+from irc.interchange.layouts import find_layout
 from irc.interchange.saving import is_parameter
 from irc.passes.quantize._weight_layers import WeightLayer, find_weight_layers
 

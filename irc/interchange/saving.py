@@ -17,7 +17,8 @@ from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.interchange.folder import as_config, write_folder
-from irc.interchange.layout import QuantizedWeight, Refusal, find_layout
+from irc.interchange.layout import QuantizedWeight, Refusal
+from irc.interchange.layouts import find_layout
 from irc.passes.fuse._layers import arguments
 
 aten = torch.ops.aten

@@ -100,8 +100,8 @@ class Body:
         rounding = f"round.{store.buffer.dtype}"
         again = any(load.buffer is store.buffer and load.offset == store.offset.expr
                     for load in _loads_in(following))  # fmt: skip
-        if isinstance(value, Apply) and value.op == rounding and not again:
-            value = value.args[0]  # the store rounds
+        if not again:
+            value = _before_rounding(value, rounding)  # the store rounds
         text = self.expression(value)
         if again and not bare(value):
             text = self._name(value, text)
@@ -245,3 +245,19 @@ def _loads_in(body: Sequence[Statement]) -> list[Load]:
         elif isinstance(statement, Combine):
             found.append(statement.value)
     return loads(*found)
+
+
+def _before_rounding(value: Value, rounding: str) -> Value:
+    """A value that rounds to the same: rounding is monotonic, so the larger of two may be found before it."""
+    if isinstance(value, Apply) and value.op == rounding:
+        return value.args[0]
+    if isinstance(value, Apply) and value.op in ("maximum", "minimum"):
+        args = [_before_rounding(arg, rounding) for arg in value.args]
+        if all(new is not old or _rounds_to_itself(old) for new, old in zip(args, value.args, strict=True)):
+            return Apply(value.op, tuple(args), value.dtype)
+    return value
+
+
+def _rounds_to_itself(value: Value) -> bool:
+    """Whole numbers that every type of halves holds."""
+    return isinstance(value, Literal) and value.dtype == "f32" and value.value == int(value.value) in range(-256, 257)

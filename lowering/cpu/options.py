@@ -22,7 +22,7 @@ class CpuOptions:
         activations: `program`: quantized where the program says so; `int8`: also in front of quantized weights that the
             program multiplies with floats (a scale a token; an approximation, and said so in the notes).
         profile: measure what each kernel of a step takes (`CpuArtifact.kernel_times`), at the price of a barrier.
-        winograd: f32 convolutions of 3 x 3 by F(2 x 2, 3 x 3), which may lose digits where neighbouring pixels differ
+        winograd: convolutions of 3 x 3 in floats by F(2 x 2, 3 x 3), which may lose digits where neighbours differ
             by orders of magnitude (irc/winograd.h has the bound); without, by plain sums.
         templates: use the hand-written kernels; without, everything is printed from the kernel IR.
         printed: kinds of templates that are not used, their operations printed instead.

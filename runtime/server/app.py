@@ -16,7 +16,7 @@ from irc.runtime.server.answers import DONE, Answer, embedding, event
 from irc.runtime.server.embeddings import Embedder
 from irc.runtime.server.errors import ApiError, install
 from irc.runtime.server.gates import BodyLimit, Entrance
-from irc.runtime.server.page import PAGE
+from irc.runtime.server.page import render_page
 from irc.runtime.server.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, Generation
 from irc.runtime.server.service import Service, as_error
 from irc.runtime.server.settings import ServerSettings
@@ -59,9 +59,14 @@ def _add_common(app: FastAPI, service: Service | None, settings: ServerSettings)
     async def metrics() -> Response:
         return Response(service.metrics.text() if service is not None else b"", media_type="text/plain; version=0.0.4")
 
+    html = render_page(
+        settings.name, generates=service is not None, chat=service is not None and service.template.taught,
+        key=settings.api_key is not None,
+    )  # fmt: skip
+
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE)
+        return HTMLResponse(html)
 
     def described() -> dict[str, Any]:
         return {"id": settings.name, "object": "model", "created": created, "owned_by": "irc"}

@@ -17,11 +17,15 @@ DEFAULT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 class ChatTemplate:
     """Messages → prompt.
 
+    Attributes:
+        taught: the model comes with a template of its own.
+
     Raises:
         OptionError: the template cannot be read.
     """
 
     def __init__(self, text: str | None = None, **variables: Any) -> None:
+        self.taught = text is not None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
         environment.globals["raise_exception"] = _refuse
         self._variables = variables

@@ -127,7 +127,10 @@ def test_shape_arithmetic_as_exporters_write_it(tmp_path: Path) -> None:
         helper.make_node("Softmax", ["m"], ["p"], axis=-1),
         helper.make_node("ReduceMean", ["p", "axis1"], ["y"], keepdims=0),
     ]
-    number = lambda *values: np.array(values, dtype=np.int64)  # noqa: E731
+
+    def number(*values: int) -> np.ndarray:
+        return np.array(values, dtype=np.int64)
+
     weights = {
         "table": weight(10, 8), "zero": np.array(0, np.int64), "one": number(1), "two": number(2), "axis": number(0),
         "heads": number(2, -1), "half": np.array(0.5, np.float32), "axis1": number(1),

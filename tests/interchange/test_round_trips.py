@@ -140,10 +140,9 @@ def test_act_order(blank: Program, tmp_path: Path) -> None:
     state: dict[str, Tensor] = {"embed.weight": torch.randn(12, 64), "up.bias": torch.randn(96)}
     state |= {"norm.weight": torch.randn(64), "norm.bias": torch.randn(64)}
     for module, (rows, width) in {"up": (96, 64), "inner.down": (64, 96)}.items():
-        draw = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
         groups = width // 32
-        state[f"{module}.qweight"] = pack_words(draw(16, width, rows), 4, axis=0)
-        state[f"{module}.qzeros"] = pack_words(draw(15, groups, rows), 4, axis=1)
+        state[f"{module}.qweight"] = pack_words(torch.randint(16, (width, rows), generator=generator), 4, axis=0)
+        state[f"{module}.qzeros"] = pack_words(torch.randint(15, (groups, rows), generator=generator), 4, axis=1)
         state[f"{module}.scales"] = torch.rand(groups, rows, generator=generator).half() + 0.01
         order = torch.randperm(width, generator=generator)
         state[f"{module}.g_idx"] = (order // 32).to(torch.int32)

@@ -39,6 +39,8 @@ CASES = (
     (ConvProblem(channels=600, out_channels=70, kernel=(2, 2), padding=(1, 1)), 4, 5),
     (ConvProblem(channels=48, out_channels=70, kernel=(3, 3), padding=(1, 1), winograd=True), 11, 14),
     (ConvProblem(channels=272, out_channels=40, kernel=(3, 3), padding=(0, 2), winograd=True), 5, 3),
+    (ConvProblem(channels=32, out_channels=35, kernel=(3, 3), winograd=True, activation="bf16", weight="bf16"), 6, 9),
+    (ConvProblem(channels=300, out_channels=40, kernel=(1, 1), activation="bf16", weight="bf16"), 9, 11),
     (ConvProblem(channels=66, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
 )
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -116,9 +118,10 @@ def test_minimal_filtering_where_it_pays() -> None:
         return template.winograd_pays(ConvProblem(**{"channels": 64, "out_channels": 64, "kernel": (3, 3), **options}))
 
     assert pays()
+    assert pays(activation="bf16", weight="bf16")
     for options in (
         {"kernel": (3, 1)}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}, {"channels": 56},
-        {"out_channels": 16}, {"weight": "bf16"}, {"channels": 512, "out_channels": 512},
+        {"out_channels": 16}, {"weight": "f8e4m3"}, {"channels": 512, "out_channels": 512},
     ):  # fmt: skip
         assert not pays(**options), options
     problem = ConvProblem(channels=64, out_channels=64, kernel=(1, 1), winograd=True)

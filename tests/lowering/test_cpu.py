@@ -57,6 +57,28 @@ def test_default_passes_merge_sibling_layers() -> None:
     assert [p.name for p in CPU.default_passes(steps.cnn())] == ["fold-conv-batch-norm"]
 
 
+class Halves(nn.Module):
+    """Rounds twice, the second time behind an activation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.bfloat16()
+        return half, torch.relu(half + half)
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_rounds_to_brain_floats_as_pytorch_does(isa: str) -> None:
+    # Ties, infinities, the largest and subnormal numbers, and NaN whose payload rounding would lose or carry out of.
+    special = [0x3F808000, 0x3F818000, 0x3F818001, 0x7F800000, 0x7F7FFFFF, 0x00008000, 0x00018000, 0x00000001, 0]
+    special += [0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0x7FA0FFFF]
+    bits = torch.tensor(special + [bit | 0x80000000 for bit in special], dtype=torch.int64)
+    some = torch.randint(0, 2**32, (4070,), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([bits, some]).to(torch.int32).view(torch.float32)
+    found = CPU.lower(capture(Halves().eval(), (x,)), {"isa": isa, **QUICK}).run(x)
+    for one, wanted in zip(found, Halves()(x), strict=True):
+        assert torch.equal(one.isnan(), wanted.isnan())
+        assert torch.equal(one.nan_to_num(), wanted.nan_to_num())
+
+
 def test_step_writes_caches_in_place_and_run_leaves_them() -> None:
     artifact = lowered("step")
     caches = artifact.new_caches(2)

@@ -81,7 +81,10 @@ def test_packing_loses_nothing(text: str) -> None:
     packed = pack(chosen, parts.stored, parts.scale, parts.zero_point)
     per_byte = 8 // packed.bits
     shifts = torch.arange(per_byte) * packed.bits
-    spread = lambda t: ((t.unsqueeze(-1) >> shifts) & (2**packed.bits - 1)).flatten(-2).float()  # noqa: E731
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return ((t.unsqueeze(-1) >> shifts) & (2**packed.bits - 1)).flatten(-2).float()
+
     values = spread(packed.blocks.int())
     blocks = values.shape[1]
     zeros = torch.full((6, blocks), float(1 << (packed.bits - 1)))

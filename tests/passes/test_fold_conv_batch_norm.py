@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from irc.core.program import Program
 from irc.frontend import capture
@@ -126,7 +128,10 @@ def test_wrong_eps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from irc.passes.fuse import fold_conv_batch_norm as module
 
     right = module.arguments
-    broken = lambda node: right(node) | ({"eps": 0.01} if "batch_norm" in str(node.target) else {})  # noqa: E731
+
+    def broken(node: fx.Node) -> dict[str, Any]:
+        return right(node) | ({"eps": 0.01} if "batch_norm" in str(node.target) else {})
+
     monkeypatch.setattr(module, "_fold", _with_arguments(module._fold, broken))
     before = program_of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), x=torch.randn(3, 3, 6, 6))
     result, findings = run_with_findings(FoldConvBatchNorm(), before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from irc.core.listing.printer import print_program
 from irc.core.text.parser import parse
-from irc.core.text.printer import print_program
 
 __all__ = ["parse", "print_program"]

@@ -11,9 +11,9 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from irc.core.carrier import Carrier, build_graph_module
+from irc.core.content_hash import META_HASH, content_hash, copy_hash, declare_hash
 from irc.core.dims import new_dim, new_fake_mode
 from irc.core.errors import IrcError, nearest
-from irc.core.hashing import META_HASH, content_hash, copy_hash, declare_hash
 from irc.core.program import VAL, Program, describe
 from irc.core.sizes import symbolic_size
 from irc.core.text.header import Header, WeightDeclaration

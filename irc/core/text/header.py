@@ -11,12 +11,12 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
+from irc.core.content_hash import META_HASH
 from irc.core.errors import nearest
-from irc.core.hashing import META_HASH
+from irc.core.listing.specs import FLATTENED, spec_of
+from irc.core.listing.values import FORMAT_VERSION, is_dim_name
 from irc.core.text.lexer import Token
 from irc.core.text.reader import Reader, TensorType, Type
-from irc.core.text.specs import FLATTENED, spec_of
-from irc.core.text.values import FORMAT_VERSION, is_dim_name
 
 MAX_DIMS = 64
 MAX_RANK = 32

@@ -18,6 +18,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from irc.core.errors import IrcError, ParseError, VerificationError, nearest
+from irc.core.listing.values import type_text
 from irc.core.program import VAL, Program
 from irc.core.provenance import SOURCES_KEY, Source
 from irc.core.schema import NAMESPACES, argument_problems, refusal
@@ -26,7 +27,6 @@ from irc.core.text.building import build_program
 from irc.core.text.header import Header, read_header
 from irc.core.text.lexer import Token
 from irc.core.text.reader import Reader, SizeType, TensorType, Type
-from irc.core.text.values import type_text
 from irc.core.text.work import too_much_work
 
 

@@ -27,8 +27,8 @@ from torch.utils._sympy.functions import (
 
 from irc.core.dims import dim_symbol
 from irc.core.errors import ParseError, nearest
+from irc.core.listing.values import CONSTANTS, DTYPES
 from irc.core.text.lexer import MAX_DIGITS, Lexer, Token, unquoted
-from irc.core.text.values import CONSTANTS, DTYPES
 
 MAX_DEPTH = 24
 MAX_OPERATORS = 64

@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core.program import VAL
+from irc.core.typed import VAL
 
 MAX_STEPS = 1 << 16
 

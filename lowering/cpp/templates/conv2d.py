@@ -1,7 +1,7 @@
 """Convolution over two axes, channels last, weights packed once: a matrix product that gathers its rows.
 
 Groups, strides, zero padding and dilation; f32, bf16 and f16, summed in f32. `irc/conv.h` has the layout and the bound
-on the error; `irc/winograd.h` has those of windows of 3 × 3 in f32 by F(2 × 2, 3 × 3).
+on the error; `irc/winograd.h` has those of windows of 3 × 3 by F(2 × 2, 3 × 3).
 
 `epilogue(m, n0, n1, values)` gets channels n0 to n1 of pixel m (of all images) as f32.
 """
@@ -76,10 +76,8 @@ def refuses(problem: ConvProblem, isa: str) -> str | None:
     if problem.channels % problem.groups or problem.out_channels % problem.groups:
         return f"{problem.groups} groups do not divide {problem.channels} and {problem.out_channels} channels"
     plain = problem.kernel == (3, 3) and problem.stride == problem.dilation == (1, 1) and problem.groups == 1
-    if problem.winograd and not (
-        plain and problem.activation == problem.weight == "f32" and problem.channels % 16 == 0
-    ):
-        return "minimal filtering of other than 3 × 3 with stride 1 over multiples of 16 channels in f32"
+    if problem.winograd and not (plain and problem.channels % 16 == 0):
+        return "minimal filtering of other than 3 × 3 with stride 1 over multiples of 16 channels"
     return None
 
 

@@ -2,7 +2,7 @@
 
 Weights of 2 to 4 bits are kept in 4 bits, those of 5 to 8 in 8, with the stored scales and zero points: nothing is
 rounded. The result is Σ_g scale_g · (exact integer sum of group g), groups added in f32, times the token's scale.
-`irc/qmatmul.h` has the layout and the arithmetic.
+`irc/qmatmul.h` and `irc/group_sums.h` have the arithmetic and the layout.
 
 `epilogue(m, n0, n1, values)` gets y[m, n0:n1] as f32 with n0 a multiple of 32.
 """
@@ -29,6 +29,8 @@ from irc.lowering.cpp.templates.base import (
 INCLUDES = ("irc/qmatmul.h",)
 # GGUF blocks that are integers with an f16 scale, and the format that holds the same numbers.
 _PLAIN_BLOCKS = {"q4_0": "int4.g32", "q8_0": "int8.g32"}
+# Rows of zeros, at most, that fill the last tile of several tokens (irc/quantize.h: Tiles).
+FILLING_ROWS = 11
 # Numbers packed at a time: temporaries, a few times as large as the integers, stay in the cache.
 _AT_ONCE = 1 << 21
 
@@ -121,6 +123,8 @@ def scratch_bytes(problem: MatmulProblem, num_rows: int, num_workers: int) -> in
     def rounded(size: int) -> int:
         return -(-size // 64) * 64
 
+    if num_rows > 1:
+        num_rows += FILLING_ROWS
     one = rounded(num_rows * depth) + rounded(num_rows * segments * 4) + rounded(num_rows * 4)
     return one * (num_workers if num_rows == 1 else 1)
 

@@ -103,15 +103,17 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]
     rows = rows_of(memory.shape)
-    a_row = template.scratch_bytes(problem, _ROUND, 1) // _ROUND
+    filled = _ROUND + template.FILLING_ROWS
+    a_row = template.scratch_bytes(problem, _ROUND, 1) // filled
     share = f"({problem.rows} == 1 ? workers : 1)"
+    rows_with_filling = f"({problem.rows} == 1 ? 1 : {problem.rows} + {template.FILLING_ROWS})"
     return function(
         call,
         (f"const {C_TYPES[problem.activation]}* x", "const uint8_t* packed", "uint8_t* scratch"),
         (memory, f"arguments.weights + {weights.offsets[name]}", "arguments.arena + scratch"),
         matmul_body(epilogue, template.call(problem, args, "epilogue")),
         sizes=set(rows.free_symbols), includes=(*template.INCLUDES, "irc/columns.h"), epilogue=epilogue,
-        scratch=f"{share} * ({problem.rows} * {a_row} + {3 * _ROUND})",
+        scratch=f"{share} * ({rows_with_filling} * {a_row} + {3 * _ROUND})",
     )  # fmt: skip
 
 

@@ -17,46 +17,97 @@ struct RowState {
     KeyRange range[few_rows];
 };
 
-// One block of keys for rows [0, count) of the state. key_rows and value_rows: pointers to rows of whole vectors.
-// bias(r, scores) adds to the scores of row r.
-template <class State, class AddBias>
-inline void few_block(State& state, int64_t count, const float* const* key_rows, const float* const* value_rows,
-                      int64_t start, int64_t keys, float softcap, const AddBias& bias) {
-    constexpr int64_t width = State::width, value_width = State::value_width;
-    alignas(64) float scores[few_rows * few_keys];
+// Scores of row r against a block of keys, four at a time.
+template <class State, class Stored>
+IRC_INLINE void score_row(const State& state, int64_t r, const Stored* const* rows, int64_t keys, float* scores) {
+    const float* q = state.queries + r * State::width;
     for (int64_t t = 0; t < keys; t += 4) {
-        const float *k0 = key_rows[t], *k1 = key_rows[min_of(t + 1, keys - 1)], *k2 = key_rows[min_of(t + 2, keys - 1)],
-                    *k3 = key_rows[min_of(t + 3, keys - 1)];
-        for (int64_t r = 0; r < count; ++r) {
-            const float* q = state.queries + r * width;
-            f32x16 a = zero(), b = zero(), c = zero(), d = zero();
-            for (int64_t i = 0; i < width; i += 16) {
-                const f32x16 x = load(q + i);
-                a = fma(x, load(k0 + i), a);
-                b = fma(x, load(k1 + i), b);
-                c = fma(x, load(k2 + i), c);
-                d = fma(x, load(k3 + i), d);
-            }
-            reduce_add(a, b, c, d, scores + r * few_keys + t);
+        const Stored *k0 = rows[t], *k1 = rows[min_of(t + 1, keys - 1)], *k2 = rows[min_of(t + 2, keys - 1)],
+                     *k3 = rows[min_of(t + 3, keys - 1)];
+        f32x16 a = zero(), b = zero(), c = zero(), d = zero();
+        for (int64_t i = 0; i < State::width; i += 16) {
+            const f32x16 x = load(q + i);
+            a = fma(x, load(k0 + i), a);
+            b = fma(x, load(k1 + i), b);
+            c = fma(x, load(k2 + i), c);
+            d = fma(x, load(k3 + i), d);
         }
+        reduce_add(a, b, c, d, scores + t, scores + t + 2);
     }
-    const int64_t whole = round_up(keys, 16);
-    for (int64_t r = 0; r < count; ++r) {
-        float* row = scores + r * few_keys;
-        for (int64_t t = round_up(keys, 4); t < whole; ++t) row[t] = 0.0f;
-        if (softcap != 0.0f)
-            for (int64_t t = 0; t < whole; t += 16) store(row + t, cap_scores(load(row + t), softcap));
-        bias(r, row);
-        const int64_t first = state.range[r].first - start, last = min_of(state.range[r].last - start, keys);
-        const float decay = softmax_step(row, whole, first, last, state.top[r], state.total[r]);
-        f32x16 sums[value_width / 16];
-        float* values = state.values + r * value_width;
-        for (int64_t i = 0; i < value_width / 16; ++i) sums[i] = mul(load(values + 16 * i), set1(decay));
-        for (int64_t t = max_of(first, 0); t < last; ++t) {
-            const f32x16 weight = set1(row[t]);
-            for (int64_t i = 0; i < value_width / 16; ++i) sums[i] = fma(weight, load(value_rows[t] + 16 * i), sums[i]);
+}
+
+// The same of rows r and r + 1, two keys at a time: as many products with fewer loads.
+template <class State, class Stored>
+IRC_INLINE void score_two_rows(const State& state, int64_t r, const Stored* const* rows, int64_t keys, float* first,
+                               float* second) {
+    const float *q = state.queries + r * State::width, *other = q + State::width;
+    for (int64_t t = 0; t < keys; t += 2) {
+        const Stored *k0 = rows[t], *k1 = rows[min_of(t + 1, keys - 1)];
+        f32x16 a = zero(), b = zero(), c = zero(), d = zero();
+        for (int64_t i = 0; i < State::width; i += 16) {
+            const f32x16 x = load(q + i), y = load(other + i), u = load(k0 + i), v = load(k1 + i);
+            a = fma(x, u, a);
+            b = fma(x, v, b);
+            c = fma(y, u, c);
+            d = fma(y, v, d);
         }
-        for (int64_t i = 0; i < value_width / 16; ++i) store(values + 16 * i, sums[i]);
+        reduce_add(a, b, c, d, first + t, second + t);
+    }
+}
+
+// Scores [count][few_keys] of a block of keys for all rows of the state, filled with zeros up to whole vectors.
+template <class State, class Stored>
+inline void score_block(const State& state, int64_t count, const Stored* const* rows, int64_t keys, float* scores) {
+    int64_t r = 0;
+    for (; r + 2 <= count; r += 2)
+        score_two_rows(state, r, rows, keys, scores + r * few_keys, scores + (r + 1) * few_keys);
+    if (r < count) score_row(state, r, rows, keys, scores + r * few_keys);
+    const int64_t whole = round_up(keys, 16);
+    for (r = 0; r < count; ++r)
+        for (int64_t t = keys; t < whole; ++t) scores[r * few_keys + t] = 0.0f;
+}
+
+// R rows of the state: their values times `decay`, and weights [R][few_keys] times the values [first, last) of a block.
+template <int R, class State, class Stored>
+IRC_INLINE void add_values(State& state, int64_t r, const float* weights, const float* decay, const Stored* const* rows,
+                           int64_t first, int64_t last) {
+    // Sums that stay in registers: of 64 entries of one row, or of 32 of two.
+    constexpr int64_t vectors = 4 / R, width = State::value_width;
+    for (int64_t start = 0; start < width; start += 16 * vectors) {
+        f32x16 sums[R][vectors];
+        const int64_t count = min_of(vectors, (width - start) / 16);
+        float* values = state.values + r * width + start;
+        for (int64_t m = 0; m < R; ++m)
+            for (int64_t i = 0; i < count; ++i) sums[m][i] = mul(load(values + m * width + 16 * i), set1(decay[m]));
+        for (int64_t t = first; t < last; ++t) {
+            const Stored* row = rows[t] + start;
+            for (int64_t i = 0; i < count; ++i) {
+                const f32x16 value = load(row + 16 * i);
+                for (int64_t m = 0; m < R; ++m)
+                    sums[m][i] = fma(set1(weights[m * few_keys + t]), value, sums[m][i]);
+            }
+        }
+        for (int64_t m = 0; m < R; ++m)
+            for (int64_t i = 0; i < count; ++i) store(values + m * width + 16 * i, sums[m][i]);
+    }
+}
+
+// A block of values for all rows of the state, with the weights that `softmax_step` made.
+template <class State, class Stored>
+inline void value_block(State& state, int64_t count, const float* weights, const float* decay, const Stored* const* rows,
+                        int64_t start, int64_t keys) {
+    const auto same = [&](int64_t r) {
+        return state.range[r].first == state.range[r + 1].first && state.range[r].last == state.range[r + 1].last;
+    };
+    for (int64_t r = 0; r < count;) {
+        const int64_t first = max_of(state.range[r].first - start, 0), last = min_of(state.range[r].last - start, keys);
+        if (r + 1 < count && same(r)) {
+            add_values<2>(state, r, weights + r * few_keys, decay + r, rows, first, last);
+            r += 2;
+        } else {
+            add_values<1>(state, r, weights + r * few_keys, decay + r, rows, first, last);
+            ++r;
+        }
     }
 }
 
@@ -95,10 +146,17 @@ template <class State, int Width, int ValueWidth, class Arguments>
 inline void few_run(State& state, const Arguments& arguments, int64_t b, int64_t head, int64_t row, int64_t count,
                     KeyRange keys) {
     using Stored = std::remove_cv_t<std::remove_pointer_t<decltype(arguments.keys.base)>>;
-    constexpr bool copied = sizeof(Stored) != 4 || Width % 16 != 0 || ValueWidth % 16 != 0;
-    constexpr int64_t buffered = copied ? few_keys : 1;
-    alignas(64) float key_buffer[buffered * State::width], value_buffer[buffered * State::value_width];
-    const float *key_rows[few_keys], *value_rows[few_keys];
+    // Numbers that more than one pair of rows reads are widened once, values where the keys were.
+    constexpr bool floats = sizeof(Stored) == 4, whole = Width % 16 == 0 && ValueWidth % 16 == 0;
+    constexpr bool readable = whole && !std::is_same_v<Stored, nibbles>;
+    const bool direct = readable && (floats || (count <= 2 && arguments.keys.scales.base == nullptr &&
+                                                arguments.values.scales.base == nullptr));
+    constexpr int64_t widest = State::width > State::value_width ? State::width : State::value_width;
+    alignas(64) float buffer[floats && whole ? 1 : few_keys * widest];
+    alignas(64) float scores[few_rows * few_keys];
+    const float* float_rows[few_keys];
+    const Stored* stored_rows[few_keys];
+    float decay[few_rows];
     const int64_t group = arguments.group(), sequence = arguments.sequence(b, row / group);
     int64_t first = keys.last, last = keys.first;
     for (int64_t r = 0; r < count; ++r) {
@@ -116,14 +174,36 @@ inline void few_run(State& state, const Arguments& arguments, int64_t b, int64_t
         first = min_of(first, max_of(range.first, keys.first));
         last = max_of(last, min_of(range.last, keys.last));
     }
+    const auto soften = [&](int64_t start, int64_t keys) {
+        const int64_t padded_keys = round_up(keys, 16);
+        for (int64_t r = 0; r < count; ++r) {
+            float* scores_of = scores + r * few_keys;
+            if (arguments.softcap != 0.0f)
+                for (int64_t t = 0; t < padded_keys; t += 16) store(scores_of + t, cap_scores(load(scores_of + t), arguments.softcap));
+            arguments.bias.add(scores_of, b, head * group + (row + r) % group, (row + r) / group, start, keys);
+            decay[r] = softmax_step(scores_of, padded_keys, state.range[r].first - start, min_of(state.range[r].last - start, keys),
+                                    state.top[r], state.total[r]);
+        }
+    };
     for (int64_t start = first; start < last; start += few_keys) {
-        const int64_t length = min_of(few_keys, last - start);
-        gather_rows<Width>(arguments.keys, sequence, head, start, length, key_buffer, key_rows);
-        gather_rows<ValueWidth>(arguments.values, sequence, head, start, length, value_buffer, value_rows);
-        const auto bias = [&](int64_t r, float* scores) {
-            arguments.bias.add(scores, b, head * group + (row + r) % group, (row + r) / group, start, length);
-        };
-        few_block(state, count, key_rows, value_rows, start, length, arguments.softcap, bias);
+        const int64_t keys = min_of(few_keys, last - start);
+        if constexpr (readable) {
+            if (direct) {
+                find_rows(arguments.keys, sequence, head, start, keys, stored_rows);
+                score_block(state, count, stored_rows, keys, scores);
+                soften(start, keys);
+                find_rows(arguments.values, sequence, head, start, keys, stored_rows);
+                value_block(state, count, scores, decay, stored_rows, start, keys);
+                continue;
+            }
+        }
+        if constexpr (!(floats && whole)) {
+            gather_rows<Width>(arguments.keys, sequence, head, start, keys, buffer, float_rows);
+            score_block(state, count, float_rows, keys, scores);
+            soften(start, keys);
+            gather_rows<ValueWidth>(arguments.values, sequence, head, start, keys, buffer, float_rows);
+            value_block(state, count, scores, decay, float_rows, start, keys);
+        }
     }
 }
 

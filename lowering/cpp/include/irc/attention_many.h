@@ -17,6 +17,42 @@ struct PanelSizes {
     static int64_t floats(int64_t length) { return keys(length) + values(length); }
 };
 
+#if !defined(IRC_PLAIN)
+// to[d][16] = rows[t][d] for 8 rows of `stride` and 8 places d.
+IRC_INLINE void transpose_8(const float* rows, int64_t stride, float* to) {
+    __m256 v[8], pairs[8], fours[8];
+    for (int t = 0; t < 8; ++t) v[t] = _mm256_loadu_ps(rows + t * stride);
+    for (int t = 0; t < 8; t += 2) {
+        pairs[t] = _mm256_unpacklo_ps(v[t], v[t + 1]);
+        pairs[t + 1] = _mm256_unpackhi_ps(v[t], v[t + 1]);
+    }
+    for (int t = 0; t < 8; t += 4) {
+        fours[t] = _mm256_shuffle_ps(pairs[t], pairs[t + 2], 0x44);
+        fours[t + 1] = _mm256_shuffle_ps(pairs[t], pairs[t + 2], 0xee);
+        fours[t + 2] = _mm256_shuffle_ps(pairs[t + 1], pairs[t + 3], 0x44);
+        fours[t + 3] = _mm256_shuffle_ps(pairs[t + 1], pairs[t + 3], 0xee);
+    }
+    for (int d = 0; d < 4; ++d) {
+        _mm256_storeu_ps(to + 16 * d, _mm256_permute2f128_ps(fours[d], fours[d + 4], 0x20));
+        _mm256_storeu_ps(to + 16 * (d + 4), _mm256_permute2f128_ps(fours[d], fours[d + 4], 0x31));
+    }
+}
+#endif
+
+// to[d][16] = rows[t][d] for 16 rows.
+template <int Width>
+IRC_INLINE void transpose_panel(const float (&rows)[16][padded(Width)], float* to) {
+#if defined(IRC_PLAIN)
+    constexpr int64_t first = 0;
+#else
+    constexpr int64_t first = Width / 8 * 8;
+    for (int64_t d = 0; d < first; d += 8)
+        for (int64_t t = 0; t < 16; t += 8) transpose_8(&rows[t][d], padded(Width), to + 16 * d + t);
+#endif
+    for (int64_t d = first; d < Width; ++d)
+        for (int64_t t = 0; t < 16; ++t) to[16 * d + t] = rows[t][d];
+}
+
 template <int Width, int ValueWidth, class Arguments>
 inline void lay_out_panels(Worker& worker, const Arguments& arguments, int64_t last, float* panels) {
     using Sizes = PanelSizes<Width, ValueWidth>;
@@ -27,14 +63,13 @@ inline void lay_out_panels(Worker& worker, const Arguments& arguments, int64_t l
         float* keys = panels + (b * arguments.kv_heads + head) * Sizes::floats(last);
         float* values = keys + Sizes::keys(last) + 16 * 16 * group;
         keys += group * 16 * Width;
-        alignas(64) float row[padded(Width > ValueWidth ? Width : ValueWidth)];
-        for (int64_t t = 0; t < 16; ++t) {
-            if (t < count) arguments.keys.template copy<Width>(row, b, head, 16 * group + t);
-            for (int64_t d = 0; d < Width; ++d) keys[d * 16 + t] = t < count ? row[d] : 0.0f;
-            if (t < count) arguments.values.template copy<ValueWidth>(row, b, head, 16 * group + t);
+        alignas(64) float key_rows[16][padded(Width)] = {}, value_rows[16][Sizes::value_width] = {};
+        copy_rows<Width>(arguments.keys, b, head, 16 * group, count, key_rows[0]);
+        transpose_panel<Width>(key_rows, keys);
+        copy_rows<ValueWidth>(arguments.values, b, head, 16 * group, count, value_rows[0]);
+        for (int64_t t = 0; t < 16; ++t)
             for (int64_t d = 0; d < Sizes::value_width; d += 16)
-                store(values + d / 16 * padded(last) * 16 + t * 16, t < count ? load(row + d) : zero());
-        }
+                store(values + d / 16 * padded(last) * 16 + t * 16, load(value_rows[t] + d));
     });
     worker.barrier();
 }

@@ -86,17 +86,46 @@ struct CacheRows {
     }
 };
 
-// Rows [start, start + count) as f32 with whole vectors: as they are, or copied to `buffer` [count][padded(width)].
+// Calls visit(t, row) for the rows [start, start + count): t counts from 0. Pages are looked up once each.
+template <class Stored, class Visit>
+IRC_INLINE void each_row(const CacheRows<Stored>& cache, int64_t sequence, int64_t head, int64_t start, int64_t count,
+                         const Visit& visit) {
+    for (int64_t t = 0; t < count;) {
+        const Stored* row = cache.row(sequence, head, start + t);
+        int64_t end = count;
+        if (cache.table != nullptr) end = min_of(count, t + cache.page_size - (start + t) % cache.page_size);
+        for (; t < end; ++t, row += cache.stride_row) visit(t, row);
+    }
+}
+
+// Where rows [start, start + count) lie.
+template <class Stored>
+inline void find_rows(const CacheRows<Stored>& cache, int64_t sequence, int64_t head, int64_t start, int64_t count,
+                      const Stored** rows) {
+    each_row(cache, sequence, head, start, count, [&](int64_t t, const Stored* row) { rows[t] = row; });
+}
+
+// Rows [start, start + count) as f32, padded with zeros to whole vectors, to `buffer` [count][padded(width)].
+template <int64_t width, class Stored>
+inline void copy_rows(const CacheRows<Stored>& cache, int64_t sequence, int64_t head, int64_t start, int64_t count,
+                      float* buffer) {
+    if (cache.scales.base == nullptr) {
+        each_row(cache, sequence, head, start, count,
+                 [&](int64_t t, const Stored* row) { copy_row<width>(buffer + t * padded(width), row, 1.0f); });
+        return;
+    }
+    for (int64_t t = 0; t < count; ++t) cache.template copy<width>(buffer + t * padded(width), sequence, head, start + t);
+}
+
+// Where rows [start, start + count) lie as f32 with whole vectors: in memory, or in `buffer` [count][padded(width)].
 template <int64_t width, class Stored>
 inline void gather_rows(const CacheRows<Stored>& cache, int64_t sequence, int64_t head, int64_t start, int64_t count,
                         float* buffer, const float** rows) {
-    for (int64_t t = 0; t < count; ++t) {
-        if constexpr (CacheRows<Stored>::template whole<width>) {
-            rows[t] = cache.row(sequence, head, start + t);
-        } else {
-            cache.template copy<width>(buffer + t * padded(width), sequence, head, start + t);
-            rows[t] = buffer + t * padded(width);
-        }
+    if constexpr (CacheRows<Stored>::template whole<width>) {
+        find_rows(cache, sequence, head, start, count, rows);
+    } else {
+        copy_rows<width>(cache, sequence, head, start, count, buffer);
+        for (int64_t t = 0; t < count; ++t) rows[t] = buffer + t * padded(width);
     }
 }
 

@@ -27,29 +27,45 @@ struct FloatInputs {
     }
 };
 
-// How f32 rows meet the panels of fmatmul.h.
+// How f32 rows meet the panels of fmatmul.h. Narrower weights are widened once for all tiles of a block where one panel
+// is multiplied at a time: a tile has few rows there, and would widen as often as it multiplies.
 template <class Stored>
 struct FloatProduct {
     using Panel = FloatPanel<Stored>;
     using Row = float;
     using Sum = float;
     using Sums = f32x16;
-    struct Ready {};
     static constexpr int height = gemm_height, panels = gemm_panels;
+    static constexpr bool widens = sizeof(Stored) < 4 && panels == 1;
     static constexpr int64_t step = Panel::step, block = gemm_depth;
-    static constexpr int64_t step_bytes = step * 16 * static_cast<int64_t>(sizeof(Stored));
+    static constexpr int64_t step_bytes = step * 16 * static_cast<int64_t>(widens ? 4 : sizeof(Stored));
+    struct Ready {
+        alignas(64) float panel[widens ? 16 * block : 1];
+    };
     FloatInputs inputs;
 
     static int64_t panel_bytes(int64_t places) { return Panel::bytes(places); }
     static f32x16 start(int64_t) { return zero(); }
     static f32x16 load_sums(const float* from) { return load(from); }
-    static const uint8_t* ready(const uint8_t* panel, int64_t, Ready&) { return panel; }
+    static const uint8_t* ready(const uint8_t* panel, int64_t length, Ready& ready) {
+        if constexpr (!widens) return panel;
+        for (int64_t k = 0; k < length; k += step) {
+            store(ready.panel + 16 * k, Panel::template columns<0>(Panel::at(panel, k)));
+            if constexpr (step == 2) store(ready.panel + 16 * k + 16, Panel::template columns<1>(Panel::at(panel, k)));
+        }
+        return reinterpret_cast<const uint8_t*>(ready.panel);
+    }
+    template <int which>
+    static IRC_INLINE f32x16 columns_of(const uint8_t* panel) {
+        if constexpr (widens) return load(reinterpret_cast<const float*>(panel) + 16 * which);
+        return Panel::template columns<which>(panel);
+    }
     template <int which, int H, int P, class Tile>
     static IRC_INLINE void multiply_one(const Tile& tile, int64_t k, const uint8_t* panel, int64_t panel_bytes,
                                         f32x16 (&sums)[H][P]) {
         f32x16 columns[P];
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) columns[p] = Panel::template columns<which>(panel + p * panel_bytes);
+        for (int p = 0; p < P; ++p) columns[p] = columns_of<which>(panel + p * panel_bytes);
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) {
             const f32x16 row = set1(*tile.at(m, k + which));

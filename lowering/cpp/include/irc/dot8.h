@@ -36,6 +36,7 @@ IRC_INLINE i32x16 load_u8(const uint8_t* p) {
 IRC_INLINE void store(int32_t* p, i32x16 x) { _mm512_storeu_si512(p, x.v); }
 
 IRC_INLINE bytes64 load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+IRC_INLINE void store_line(uint8_t* p, bytes64 x) { _mm512_storeu_si512(p, x.v); }
 IRC_INLINE bytes64 low_nibbles(bytes64 x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
 IRC_INLINE bytes64 high_nibbles(bytes64 x) {
     return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
@@ -99,6 +100,11 @@ IRC_INLINE void store(int32_t* p, i32x16 x) {
 IRC_INLINE bytes64 load_line(const uint8_t* p) {
     const __m256i* raw = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(raw), _mm256_loadu_si256(raw + 1)};
+}
+IRC_INLINE void store_line(uint8_t* p, bytes64 x) {
+    __m256i* raw = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(raw, x.a);
+    _mm256_storeu_si256(raw + 1, x.b);
 }
 IRC_INLINE bytes64 low_nibbles(bytes64 x) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -184,6 +190,7 @@ IRC_INLINE bytes64 load_line(const uint8_t* p) {
     std::memcpy(line.v, p, 64);
     return line;
 }
+IRC_INLINE void store_line(uint8_t* p, bytes64 x) { std::memcpy(p, x.v, 64); }
 IRC_INLINE bytes64 low_nibbles(bytes64 x) {
     for (int i = 0; i < 64; ++i) x.v[i] &= 15;
     return x;

@@ -2,6 +2,8 @@
 // the bounds on their errors are for f32 and were measured over the whole range.
 #pragma once
 
+#include <type_traits>
+
 #include "irc/isa.h"
 
 IRC_BEGIN
@@ -56,7 +58,10 @@ IRC_INLINE Storage put(Register x) {
 }
 template <class Storage, class Register>
 IRC_INLINE Register rounded(Register x) {
-    return get(put<Storage>(x));
+    if constexpr (std::is_same_v<Storage, bf16> && std::is_same_v<Register, float>)
+        return from_bits(round_upper_half(x) & 0xffff0000u);  // as f32: lanes of 16 bits would cost as much again
+    else
+        return get(put<Storage>(x));
 }
 
 // Float to integer as the processor does it for values that fit; others give the smallest integer.

@@ -193,20 +193,38 @@ IRC_INLINE void store_part(float* p, f32x16 x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }
 
+#if defined(IRC_AVX2)
+template <class Combine>
+IRC_INLINE float reduce(__m256 x, const Combine& combine) {
+    const __m128 four = combine(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = combine(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(combine(two, _mm_movehdup_ps(two)));
+}
+#endif
+
 IRC_INLINE float reduce_add(f32x16 x) {
+#if defined(IRC_AVX2)
+    return reduce(_mm256_add_ps(x.a, x.b), [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+#else
     float v[16];
     store(v, x);
     for (int width = 8; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) v[i] += v[i + width];
     return v[0];
+#endif
 }
 
+// The largest entry, of a vector without NaN.
 IRC_INLINE float reduce_max(f32x16 x) {
+#if defined(IRC_AVX2)
+    return reduce(_mm256_max_ps(x.a, x.b), [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+#else
     float v[16];
     store(v, x);
     float top = v[0];
     for (int i = 1; i < 16; ++i) top = v[i] > top ? v[i] : top;
     return top;
+#endif
 }
 
 // y where x >= limit or x is NaN, else 0.
@@ -245,18 +263,20 @@ IRC_INLINE f32x16 tanh(f32x16 x) {
     return sub(set1(1.0f), div(set1(2.0f), add(exp(add(x, x)), set1(1.0f))));
 }
 
-// Sums of four vectors.
-IRC_INLINE void reduce_add(f32x16 a, f32x16 b, f32x16 c, f32x16 d, float* sums) {
+// Sums of four vectors: of a and b to `first`, of c and d to `second`.
+IRC_INLINE void reduce_add(f32x16 a, f32x16 b, f32x16 c, f32x16 d, float* first, float* second) {
 #if defined(IRC_AVX2)
     const __m256 ab = _mm256_hadd_ps(_mm256_add_ps(a.a, a.b), _mm256_add_ps(b.a, b.b));
     const __m256 cd = _mm256_hadd_ps(_mm256_add_ps(c.a, c.b), _mm256_add_ps(d.a, d.b));
     const __m256 all = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storel_pi(reinterpret_cast<__m64*>(first), sums);
+    _mm_storeh_pi(reinterpret_cast<__m64*>(second), sums);
 #else
-    sums[0] = reduce_add(a);
-    sums[1] = reduce_add(b);
-    sums[2] = reduce_add(c);
-    sums[3] = reduce_add(d);
+    first[0] = reduce_add(a);
+    first[1] = reduce_add(b);
+    second[0] = reduce_add(c);
+    second[1] = reduce_add(d);
 #endif
 }
 

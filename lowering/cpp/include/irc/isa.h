@@ -101,12 +101,13 @@ IRC_INLINE float to_float(f8e4m3 x) {
     return to_float(f16{half}) * 256.0f;
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
-IRC_INLINE bf16 to_bf16(float x) {
-    const uint32_t bits = to_bits(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>(bits >> 16 | 0x40u)};
-    return bf16{static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+// Bits whose upper half is the number as brain float, rounded to nearest, ties to even; NaN stays NaN.
+IRC_INLINE uint32_t round_upper_half(float x) {
+    const uint32_t bits = to_bits(x), nan = -static_cast<uint32_t>(x != x);
+    return (bits + ((0x7fffu + (bits >> 16 & 1u)) & ~nan)) | (nan & 0x400000u);
 }
+
+IRC_INLINE bf16 to_bf16(float x) { return bf16{static_cast<uint16_t>(round_upper_half(x) >> 16)}; }
 
 IRC_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 

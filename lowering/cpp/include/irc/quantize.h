@@ -2,8 +2,9 @@
 // q = round half to even(x / scale). The integers are those of irc's `int8.row`. A row with NaN or infinity gets the
 // scale NaN, so that it shows in the result.
 //
-// Rows are stored in tiles of up to `tile_height` rows, the way the matrix product reads them: tile t holds rows
-// M t / T to M (t + 1) / T of T tiles as [depth / 4][rows of the tile][4].
+// Rows lie the way the matrix product reads them: segments of up to 32 neighbours along k one after the other, in each
+// the tiles one after the other, a tile as [length / 4][rows of the tile][4]. So a group of weights meets the activations
+// of all tiles as one stream.
 #pragma once
 
 #include "irc/dot8.h"
@@ -11,18 +12,11 @@
 
 IRC_BEGIN
 
-#if defined(IRC_AVX512)
-constexpr int tile_height = 12;
-#else
-constexpr int tile_height = 4;  // eight sums, weights, activations: more would not fit 16 registers
-#endif
-
-// M rows cut into tiles of nearly equal height.
+// Rows cut into tiles of one height, at most `most`: fewer than one row a tile of zeros fills the last ones.
 struct Tiles {
-    int64_t rows, count;
-    explicit Tiles(int64_t num_rows) : rows(num_rows), count(ceil_div(num_rows, tile_height)) {}
-    int64_t first(int64_t tile) const { return rows * tile / count; }
-    int64_t height(int64_t tile) const { return first(tile + 1) - first(tile); }
+    int64_t height, count;
+    Tiles(int64_t num_rows, int64_t most) : height(ceil_div(num_rows, ceil_div(num_rows, most))), count(ceil_div(num_rows, height)) {}
+    int64_t rows() const { return count * height; }
 };
 
 IRC_INLINE void store_i8(int8_t* p, f32x16 x) {
@@ -119,23 +113,38 @@ IRC_INLINE __m256i lane_sums(const __m256i (&v)[8]) {
     return _mm256_add_epi16(_mm256_permute2x128_si256(fours[0], fours[1], 0x20),
                             _mm256_permute2x128_si256(fours[0], fours[1], 0x31));
 }
+#endif
 
-// A row's segments as far as they come in eights, into its place in a tile; the number of segments done.
+// Where one of `rows` quantized rows lies: row `index` of the tile that starts at row `first` and has `height` rows.
+struct RowPlace {
+    int64_t rows, first, height, index;
+    int8_t* values;
+    int32_t* seeds;
+
+    // Four neighbours at k, of a segment of `length` that starts at `start`.
+    int8_t* four(int64_t start, int64_t length, int64_t k) const {
+        return values + start * rows + first * length + (k - start) * height + 4 * index;
+    }
+    int32_t& seed(int64_t segment) const { return seeds[segment * rows + first + index]; }
+};
+
+#if defined(IRC_AVX2)
+// A row's segments as far as they come in eights; the number of segments done.
 template <Seeds kind, class Input>
-IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 divisor, int32_t factor, int64_t height,
-                                     int8_t* values, int32_t* seeds) {
+IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 divisor, int32_t factor, const RowPlace& place) {
     const int64_t segments = size / segment_size / 8 * 8;
     for (int64_t s = 0; s < segments; s += 8) {
         __m256i sums[8];
         for (int i = 0; i < 8; ++i) {
-            const __m256i bytes = rounded_32(x + (s + i) * segment_size, divisor);
-            int8_t* to = values + (s + i) * segment_size * height;
-            if (height == 1) {
+            const int64_t start = (s + i) * segment_size;
+            const __m256i bytes = rounded_32(x + start, divisor);
+            int8_t* to = place.four(start, segment_size, start);
+            if (place.height == 1) {
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
             } else {
                 alignas(32) int32_t fours[8];
                 _mm256_store_si256(reinterpret_cast<__m256i*>(fours), bytes);
-                for (int j = 0; j < 8; ++j) std::memcpy(to + 4 * j * height, fours + j, 4);
+                for (int j = 0; j < 8; ++j) std::memcpy(to + 4 * j * place.height, fours + j, 4);
             }
             if constexpr (kind != Seeds::none) sums[i] = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
         }
@@ -148,28 +157,26 @@ IRC_INLINE int64_t quantize_segments(const Input* x, int64_t size, f32x16 diviso
         }
         alignas(32) int32_t eight[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(eight), made);
-        for (int i = 0; i < 8; ++i) seeds[(s + i) * height] = eight[i];
+        for (int i = 0; i < 8; ++i) place.seed(s + i) = eight[i];
     }
     return segments;
 }
 #endif
 
-// One row into its place in a tile. `segment` is the number of neighbours that share a seed (at most 32), `group` the
-// weights' group: segments do not cross it.
+// One row into its place; returns its scale. A segment's neighbours share a seed; `group` is the weights' group, which
+// segments do not cross.
 template <Seeds kind, class Input>
-inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t group, int32_t factor, int64_t height,
-                          int8_t* values, int32_t* seeds) {
+inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t group, int32_t factor, const RowPlace& place) {
     const float top = largest(x, size);
     const float scale = top == 0.0f ? 1.0f : top / 127.0f;
     const f32x16 divisor = set1(scale);
     // Groups of whole segments need not be told apart.
     const int64_t step = group % segment_size == 0 ? segment_size : group;
-    int64_t segment_index = 0;
+    int64_t segment = 0;
 #if defined(IRC_AVX2)
-    if (step == segment_size)
-        segment_index = quantize_segments<kind>(x, size, divisor, factor, height, values, seeds);
+    if (step == segment_size) segment = quantize_segments<kind>(x, size, divisor, factor, place);
 #endif
-    for (int64_t start = segment_index * segment_size; start < depth; start += step) {
+    for (int64_t start = segment * segment_size; start < depth; start += step) {
         for (int64_t k = start; k < start + step; k += segment_size) {
             const int64_t length = min_of(segment_size, start + step - k);
             alignas(32) int8_t bytes[32] = {};
@@ -177,16 +184,30 @@ inline float quantize_row(const Input* x, int64_t size, int64_t depth, int64_t g
                 const int64_t left = min_of(length - i, size - k - i);
                 if (left > 0) store_i8(bytes + i, div(load_part(x + k + i, left), divisor));
             }
-            for (int64_t i = 0; i < length; i += 4) std::memcpy(values + (k + i) * height, bytes + i, 4);
-            if constexpr (kind != Seeds::none) seeds[segment_index * height] = make_seed<kind>(pair_sums(bytes), factor);
-            ++segment_index;
+            for (int64_t i = 0; i < length; i += 4) std::memcpy(place.four(k, length, k + i), bytes + i, 4);
+            if constexpr (kind != Seeds::none) place.seed(segment) = make_seed<kind>(pair_sums(bytes), factor);
+            ++segment;
         }
     }
     return scale;
 }
 
-// Where quantized rows lie: values [M depth], seeds [M segments], scales [M].
+// A row of zeros: of a tile that has more rows than there are.
+inline void fill_row(int64_t depth, int64_t group, const RowPlace& place) {
+    const int64_t step = group % segment_size == 0 ? segment_size : group;
+    int64_t segment = 0;
+    for (int64_t start = 0; start < depth; start += step) {
+        for (int64_t k = start; k < start + step; k += segment_size) {
+            const int64_t length = min_of(segment_size, start + step - k);
+            for (int64_t i = 0; i < length; i += 4) std::memset(place.four(k, length, k + i), 0, 4);
+            place.seed(segment++) = 0;
+        }
+    }
+}
+
+// Where `count` quantized rows lie, those of zeros included: values [depth rows], seeds [segments][rows], scales [rows].
 struct QuantizedRows {
+    int64_t count;
     int8_t* values;
     int32_t* seeds;
     float* scales;
@@ -195,7 +216,8 @@ struct QuantizedRows {
         return round_up(rows * depth, 64) + round_up(rows * segments * 4, 64) + round_up(rows * 4, 64);
     }
     QuantizedRows(uint8_t* memory, int64_t rows, int64_t depth, int64_t segments)
-        : values(reinterpret_cast<int8_t*>(memory)),
+        : count(rows),
+          values(reinterpret_cast<int8_t*>(memory)),
           seeds(reinterpret_cast<int32_t*>(memory + round_up(rows * depth, 64))),
           scales(reinterpret_cast<float*>(memory + round_up(rows * depth, 64) + round_up(rows * segments * 4, 64))) {}
 };

@@ -10,7 +10,7 @@
 //
 // (Lavin and Gray, 2015.) The 16 sums over channels are matrix products of the tiles' rows with the tiles of conv_rows.h.
 //
-// Packed weights, f32: for each 64 output channels (the last ones padded) and each of the 16 places four panels
+// Inputs in halves are widened as they are read. Packed weights, f32: for each 64 output channels (the last ones padded) and each of the 16 places four panels
 // [channels][16] of G g Gt.
 //
 // All of Bt d B and At m A are sums of numbers times 1 or -1: error at most (channels + 12) 2^-24 times the same formula over
@@ -63,10 +63,11 @@ struct OutputTile {
 };
 
 // Bt d B of one tile, all channels.
-inline void spread_inputs(const ConvShape& shape, const float* input, int64_t tile, const WinogradScratch& scratch,
+template <class Input>
+inline void spread_inputs(const ConvShape& shape, const Input* input, int64_t tile, const WinogradScratch& scratch,
                           int64_t row) {
     const OutputTile at(shape, tile);
-    const float* from[4][4];
+    const Input* from[4][4];
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) {
             const int64_t y = at.y - shape.padding_y + i, x = at.x - shape.padding_x + j;
@@ -126,8 +127,8 @@ inline void gather_outputs(const ConvShape& shape, const WinogradScratch& scratc
 }
 
 // Output tiles [t0, t1), channels [n0, n1).
-template <class Epilogue>
-inline void winograd_block(const ConvShape& shape, const float* input, const uint8_t* packed,
+template <class Input, class Epilogue>
+inline void winograd_block(const ConvShape& shape, const Input* input, const uint8_t* packed,
                            const WinogradScratch& scratch, int64_t t0, int64_t t1, int64_t n0, int64_t n1,
                            Epilogue& epilogue) {
     const FloatProduct<float> product{};
@@ -151,8 +152,8 @@ inline void winograd_block(const ConvShape& shape, const float* input, const uin
 
 // channels: a multiple of 16. scratch: WinogradScratch::bytes(channels) for each worker. All workers call it; results are
 // complete after the next barrier.
-template <class Epilogue>
-inline void winograd_conv2d(Worker& worker, const ConvShape& shape, const float* input, const uint8_t* packed,
+template <class Input, class Epilogue>
+inline void winograd_conv2d(Worker& worker, const ConvShape& shape, const Input* input, const uint8_t* packed,
                             uint8_t* scratch, Epilogue&& epilogue) {
     const int64_t tiles = shape.batch * ceil_div(shape.out_height, 2) * ceil_div(shape.out_width, 2);
     const int64_t row_blocks = ceil_div(tiles, winograd_rows);

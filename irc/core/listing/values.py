@@ -1,4 +1,4 @@
-"""The vocabulary that printer and parser share: literals, reserved words, names, types."""
+"""The vocabulary that printer and parser of the text form share: literals, reserved words, names, types."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from irc.core.dtypes import dtype_name
 from irc.core.errors import IrcError
-from irc.core.program import Program, dtype_name
-from irc.core.text.expressions import expr_text
+from irc.core.listing.expressions import expr_text
+from irc.core.typed_graph import TypedGraph
 
 FORMAT_VERSION = 1
 
@@ -81,14 +82,14 @@ def literal(value: Any) -> str:
     raise IrcError(f"a {type(value).__name__} ({value!r}) cannot be an argument in the text form")
 
 
-def size_text(program: Program, size: Any) -> str:
+def size_text(program: TypedGraph, size: Any) -> str:
     """A size (number or symbolic) over the program's dimension names."""
     if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return expr_text(program.expr(size))
     return literal(size)
 
 
-def type_text(program: Program, value: Any) -> str:
+def type_text(program: TypedGraph, value: Any) -> str:
     """Type of a value: `f32[B, S, 8]`, `(f32[2], i64[2])`, `size(2*S)`, `None`."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)}[{', '.join(size_text(program, s) for s in value.shape)}]"
@@ -100,7 +101,7 @@ def type_text(program: Program, value: Any) -> str:
     return f"size({size_text(program, value)})"
 
 
-def placement_text(program: Program, tensor: Tensor) -> str:
+def placement_text(program: TypedGraph, tensor: Tensor) -> str:
     """What a type leaves out of a tensor, where it is not the usual: strides and device."""
     text = ""
     if not _is_plain(tensor):

@@ -31,11 +31,10 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from irc.core import provenance as prov
+from irc.core.content_hash import META_HASH, content_hash
 from irc.core.errors import IrcError
-from irc.core.hashing import META_HASH, content_hash
-from irc.core.program import VAL, Program, is_size
-from irc.core.text.specs import FLATTENED, spec_text
-from irc.core.text.values import (
+from irc.core.listing.specs import FLATTENED, spec_text
+from irc.core.listing.values import (
     FORMAT_VERSION,
     bare_or_quoted,
     literal,
@@ -44,9 +43,10 @@ from irc.core.text.values import (
     size_text,
     type_text,
 )  # fmt: skip
+from irc.core.typed_graph import VAL, TypedGraph, is_size
 
 
-def print_program(program: Program, *, provenance: bool = True, width: int = 100) -> str:
+def print_program(program: TypedGraph, *, provenance: bool = True, width: int = 100) -> str:
     """The text form. `provenance` adds the comments; they start at column `width` at the latest, if they can.
 
     A broken program prints too, as far as possible (`?` for a missing type), so that errors can show it.
@@ -64,7 +64,7 @@ def print_program(program: Program, *, provenance: bool = True, width: int = 100
     return "\n".join(lines) + "\n"
 
 
-def operation_text(program: Program, node: fx.Node) -> str:
+def operation_text(program: TypedGraph, node: fx.Node) -> str:
     """One operation as the listing shows it, without comment."""
     return _Printer(program).operation(node)
 
@@ -98,7 +98,7 @@ def _body(printer: _Printer, provenance: bool, width: int) -> list[str]:
 
 
 class _Printer:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: TypedGraph) -> None:
         self.program = program
 
     def signature(self) -> str:

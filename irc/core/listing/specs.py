@@ -13,13 +13,13 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from irc.core.program import Program
-from irc.core.text.values import quoted
+from irc.core.listing.values import quoted
+from irc.core.typed_graph import TypedGraph
 
 FLATTENED = "flattened"
 
 
-def spec_text(program: Program, which: str) -> str:
+def spec_text(program: TypedGraph, which: str) -> str:
     """Text of `program.in_spec` or `program.out_spec` (`which` names the attribute)."""
     spec: pytree.TreeSpec = getattr(program, which)
     was = program.metadata.get(FLATTENED, {})
