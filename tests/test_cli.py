@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import sys
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def broken():
         def forward(self, x):
             return x if x.sum() > 0 else -x
     return Data(), (torch.randn(2, 3),)
+
+def failing():
+    return {}["weights"]
+
+def other():
+    return nn.Linear(5, 2), (torch.randn(2, 5),)
 
 NUMBER = 3
 '''
@@ -161,6 +168,9 @@ def test_lists(run) -> None:
         (["capture", "{file}:biuld", "-o", "{folder}/out"], ["biuld", "build"]),
         (["capture", "{file}:NUMBER", "-o", "{folder}/out"], ["NUMBER"]),
         (["capture", "{file}:broken", "-o", "{folder}/out"], ["net.py"]),
+        (["capture", "{file}:failing", "-o", "{folder}/out"], ["net.py fails", 'return {}["weights"]', "KeyError"]),
+        (["check", "{model}", "--against", "{file}:other"], ["input is f32[2, 3, 8, 8], not f32[B, 5]"]),
+        (["dump", "{model}", "--picture", "{folder}/none/out.svg"], ["there is no folder"]),
         (["dump", "{folder}/nothing"], ["nothing", "does not exist"]),
         (["dump", "{model}", "--picture", "{folder}/out.bmp"], ["bmp", "svg"]),
         (["dump", "{model}", "--layer", "layer9"], ["layer9", "head"]),
@@ -182,6 +192,52 @@ def test_bad_input_is_a_plain_error(run, model: str, tmp_path: Path, arguments: 
         assert word in err
     left = sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__")
     assert left == [b for b in before if b != "__pycache__"]
+
+
+def test_a_place_that_is_taken_is_told_before_the_work(run, model: str, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for arguments in (["opt", model, "-p", "fold-conv-batch-norm"], ["capture", model]):
+        code, out, err = run(*arguments, "-o", taken)
+        assert (code, out) == (2, "")
+        assert "taken exists and is not a folder" in err
+    assert taken.read_text() == "mine"
+    for arguments in (["compile", model, "-t", "onnx", "-o", taken / "net.onnx"], ["demo", "-o", taken]):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert str(taken) in err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, out, err = run("serve", "demo", "--port", port)
+    assert (code, out) == (2, "")
+    assert err == f"error: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_generate_says_that_the_cache_is_full(run) -> None:
+    code, _, err = run("generate", "draft", "--prompt", "x", "-n", "40", "-p", "insert-kv-cache{max-length=8}")
+    assert code == 0
+    assert "the length that the cache holds" in err
+
+
+def test_files_of_other_tools(run, model: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    assert run("compile", model, "-t", "onnx", "-o", path)[0] == 0
+    code, out, _ = run("dump", path)
+    assert code == 0
+    assert "aten.conv2d" in out
+    for name in ("net.onnx", "net.gguf", "net.pt2"):
+        (tmp_path / name).write_bytes(b"GGUF and more that is none")
+        code, _, err = run("dump", tmp_path / name)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert name in err
+        assert "Traceback" not in err
 
 
 def test_half_written_program_is_refused(run, model: str, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 demo, tinypy-draft         the models that ship with irc
 model.py:name              a module, or a function that returns one (or a pair: module, example inputs)
 folder/                    a program saved by irc, or a Hugging Face model folder (safetensors)
-model.pt2                  an exported program
+model.pt2, .onnx, .gguf    an exported program, an ONNX file, a GGUF file
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import sys
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = (
     "A model: 'demo' (ships with irc), FILE.py:NAME (a module, or a function that returns one"
-    " or a pair of one and its example inputs), a program folder, a Hugging Face folder, or a .pt2 file."
+    " or a pair of one and its example inputs), a program folder, a Hugging Face folder,"
+    " or a .pt2, .onnx or .gguf file."
 )
 _SHIPPED = {"demo": "tinypy", "tinypy": "tinypy", "draft": "tinypy-draft", "tinypy-draft": "tinypy-draft"}
 
@@ -69,6 +73,14 @@ def load_model(spec: str) -> LoadedModel:
         return _load_huggingface(path)
     if path.suffix == ".pt2" and path.is_file():
         return LoadedModel(str(path), path.stem)
+    if path.suffix == ".onnx" and path.is_file():
+        from irc.frontend.onnx import from_onnx
+
+        return LoadedModel(from_onnx(path), path.stem)
+    if path.suffix == ".gguf" and path.is_file():
+        from irc.lowering.gguf import from_gguf
+
+        return LoadedModel(from_gguf(path), path.stem)
     if path.is_dir():
         raise OptionError(f"{spec} holds neither a program (graph.irc) nor a Hugging Face model (config.json)")
     if path.suffix == ".py":
@@ -131,7 +143,8 @@ def _load_python(path: Path, attribute: str) -> LoadedModel:
 
     if not path.is_file():
         raise OptionError(f"{path} does not exist")
-    module = _imported(path)
+    with _told_of(path):
+        module = _imported(path)
     found = getattr(module, attribute, None)
     if found is None:
         names = [
@@ -141,13 +154,32 @@ def _load_python(path: Path, attribute: str) -> LoadedModel:
         ]
         raise OptionError(f"{path} has no {attribute!r}{nearest(attribute, names)}")
     if not isinstance(found, nn.Module) and callable(found):
-        found = found()
+        with _told_of(path):
+            found = found()
     example = None
     if isinstance(found, tuple) and len(found) == 2:
         found, example = found
     if not isinstance(found, nn.Module):
         raise OptionError(f"{path}:{attribute} gives a {type(found).__name__}, not a torch.nn.Module")
     return LoadedModel(found.eval(), attribute, example)
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Errors of the user's own file, told from its first line on, without what called it."""
+    from irc.core.errors import IrcError, OptionError
+
+    try:
+        yield
+    except IrcError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = next(
+            (i for i, frame in enumerate(frames) if Path(frame.filename).resolve() == path.resolve()), len(frames)
+        )
+        text = "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)])
+        raise OptionError(f"{path} fails:\n{text.rstrip()}") from error
 
 
 def _imported(path: Path) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,17 +66,18 @@ def capture(
 
         irc capture my_model.py:build -o my.program
     """
+    from irc.core.folder import prepare
     from irc.core.program import Program
-    from irc.core.storage import save
     from irc.frontend import capture as capture_model
 
+    prepare(output)
     loaded = load_model(model)
     program = loaded.model
     if not isinstance(program, Program):
         program = capture_model(
             loaded.model, loaded.example_inputs, dynamic=loaded.dynamic, name=loaded.name, canonicalize=not raw
         )
-    save(program, output)
+    program.save(output)
     typer.echo(f"{program!r} → {output}")
 
 
@@ -109,12 +110,14 @@ def opt(
 
     from irc.core.calibration import CALIBRATION_KEY
     from irc.core.contract import PassContext
+    from irc.core.folder import prepare
     from irc.core.instruments import PrintAfterChange
     from irc.core.manager import PassManager
     from irc.core.pipeline import parse_pipeline
-    from irc.core.storage import save
     from irc.view.progress import shown_progress
 
+    if output is not None:
+        prepare(output)
     loaded = load_model(model)
     pipeline = parse_pipeline(passes)  # now: the model's file may register passes of its own
     options = {CALIBRATION_KEY: load_calibration(calibration, loaded), "resume": resume}
@@ -128,7 +131,7 @@ def opt(
         result = manager.run(program)
     Console().print(result.report)
     if output is not None:
-        save(result.program, output)
+        result.program.save(output)
         typer.echo(f"{result.program!r} → {output}")
 
 
@@ -188,7 +191,7 @@ def diff(
 def check(
     model: Model,
     against: Annotated[str | None, typer.Option(help="Another program that must compute the same.")] = None,
-    rtol: Annotated[float, typer.Option(help="Largest relative difference allowed with --against.")] = 1e-5,
+    rtol: Annotated[float, typer.Option(min=0, help="Largest relative difference allowed with --against.")] = 1e-5,
 ) -> None:
     """Verify a program: structure, types, weights, provenance, and that it runs and gives finite numbers.
 
@@ -213,8 +216,7 @@ def check(
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
                 problems.append(f"output {index} is not finite on the example inputs")
         if against is not None:
-            other = _program(against).run(*program.example_inputs)
-            comparison = compare_outputs(other, outputs)
+            comparison = compare_outputs(_outputs_of(against, program), outputs)
             problems += [f"output {d.output} {d.problem}" for d in comparison.differences if d.problem]
             typer.echo(f"relative error against {against}: {comparison.relative:.2e}")
             if not comparison.relative <= rtol:
@@ -225,6 +227,21 @@ def check(
         raise typer.Exit(1)
     ran = "ran on its example inputs" if program.example_inputs is not None else "has no example inputs to run on"
     typer.echo(f"{program!r}: no problems; {ran}")
+
+
+def _outputs_of(against: str, program: Program) -> list[Any]:
+    """What another program gives for the example inputs of this one."""
+    from irc.core.errors import OptionError
+    from irc.core.misfits import misfits
+
+    other = _program(against)
+    given = program.example_inputs or ()
+    problems = misfits(other, given)
+    if len(given) != len(other.placeholders):
+        problems.insert(0, f"{against} takes {len(other.placeholders)} inputs, not {len(given)}")
+    if problems:
+        raise OptionError(f"{against} takes other inputs than {program.name}:\n  - " + "\n  - ".join(problems))
+    return other.run(*given)
 
 
 def bisect(model: Model, passes: Passes) -> None:

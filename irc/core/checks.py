@@ -83,10 +83,12 @@ def check_matches(one: Pass, result: PassResult) -> None:
     """Raise `PassError` with the nearest miss where fewer places matched than were asked for."""
     if one.expect_matches is None or result.matches >= one.expect_matches:
         return
-    lines = [f"pass {one.name!r} rewrote {result.matches} places, {one.expect_matches} were expected"]
+    places = "1 place" if result.matches == 1 else f"{result.matches} places"
+    expected = "1 was" if one.expect_matches == 1 else f"{one.expect_matches} were"
+    lines = [f"pass {one.name!r} rewrote {places}, {expected} expected"]
     miss = nearest_miss(list(result.skips))
     if miss is None:
-        lines.append("  it saw no candidate at all")
+        lines.append(f"  it saw no {'other ' if result.matches else ''}candidate")
     else:
         lines.append(f"  nearest miss: {skip_text(miss)}")
         reasons = Counter(skip.reason for skip in result.skips)

@@ -41,7 +41,7 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         StorageError: weights without data, a target that is no program folder, or a full disk.
     """
     folder = Path(folder)
-    _check_target(folder)
+    prepare(folder)
     missing = [name for name, tensor in program.weights.items() if tensor.device.type == "meta"]
     if missing:
         raise StorageError(f"program {program.name} has no values for {len(missing)} weights (first: {missing[0]})")
@@ -59,13 +59,30 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_target(folder: Path) -> None:
+def prepare(folder: Path) -> None:
+    """Find out, before long work, that a program can be written there: nothing else is in the way.
+
+    Raises:
+        StorageError: it cannot.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StorageError(f"{folder} exists and is not a folder")
     if folder.is_dir():
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in (GRAPH, WEIGHTS, INPUTS, MANIFEST))
         if strangers:
             raise StorageError(f"{folder} holds other files ({', '.join(strangers[:5])}): choose another place")
+    require_place(folder)
+
+
+def require_place(path: Path) -> None:
+    """Find out, before long work, that a file or folder can be made there.
+
+    Raises:
+        StorageError: what is above it is no folder, or must not be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StorageError(f"cannot write {path}: {above} is not a folder that can be written to")
 
 
 def _write(program: TypedGraph, folder: Path) -> None:

@@ -88,8 +88,9 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         path = folder / name
         if not path.is_file():
             raise StorageError(f"{path} is missing")
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            raise StorageError(f"{path} has {path.stat().st_size} bytes, the manifest says otherwise")
+        expected = entry.get("bytes") if isinstance(entry, dict) else None
+        if path.stat().st_size != expected:
+            raise StorageError(f"{path} has {path.stat().st_size} bytes, the manifest says {expected}")
         if name == GRAPH and path.stat().st_size > 4 * MAX_TEXT:
             raise StorageError(f"{path} is too large")
         if file_hash(path) != entry.get("sha256"):

@@ -93,6 +93,8 @@ def draw(program: Program, path: Path, *, layer: str | None = None) -> int:
     kind = path.suffix.lstrip(".").lower()
     if kind not in FORMATS:
         raise OptionError(f"cannot draw to {path.name!r}: known picture types are {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise OptionError(f"cannot draw to {path}: there is no folder {path.parent}")
     boxes = _boxes(program, layer)
     drawn = sum(1 for box in boxes.values() if box.colour != "none")
     if drawn > _MAX_BOXES:

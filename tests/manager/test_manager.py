@@ -91,8 +91,8 @@ def test_order_matters_and_shows(program: Program) -> None:
     with pytest.raises(PassError) as caught:
         PassManager([PowToSquare(expect_matches=1), SquareToPow()]).run(program)
     assert str(caught.value) == (
-        "pass 'pow-to-square' rewrote 0 places, 1 were expected\n"
-        "  it saw no candidate at all\n"
+        "pass 'pow-to-square' rewrote 0 places, 1 was expected\n"
+        "  it saw no candidate\n"
         "  change the model or the condition, or lower expect-matches"
     )
 
@@ -104,7 +104,7 @@ def test_fewer_matches_than_expected_gives_the_nearest_miss(program: Program) ->
     with pytest.raises(PassError) as caught:
         PassManager([SquareToPow(at_most=1, expect_matches=3)]).run(program)
     assert str(caught.value) == (
-        "pass 'square-to-pow' rewrote 1 places, 3 were expected\n"
+        "pass 'square-to-pow' rewrote 1 place, 3 were expected\n"
         "  nearest miss: %square_2 (layers.2 model.py:12): only 1 were asked for\n"
         "  all 2 candidates that were refused:\n"
         "    2 × only 1 were asked for\n"
