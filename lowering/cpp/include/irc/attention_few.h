@@ -33,7 +33,8 @@ IRC_INLINE void score_row(const State& state, int64_t r, const Stored* const* ro
     for (int64_t t = 0; t < keys; t += 4) {
         const Stored *k0 = rows[t], *k1 = rows[min_of(t + 1, keys - 1)], *k2 = rows[min_of(t + 2, keys - 1)],
                      *k3 = rows[min_of(t + 3, keys - 1)];
-        for (const Stored* key : {k0, k1, k2, k3}) prefetch_behind<State::width>(key);
+        const Stored* const four[] = {k0, k1, k2, k3};
+        for (const Stored* key : four) prefetch_behind<State::width>(key);
         f32x16 a = zero(), b = zero(), c = zero(), d = zero();
         for (int64_t i = 0; i < State::width; i += 16) {
             const f32x16 x = load(q + i);
