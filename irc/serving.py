@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,21 @@ def _filled(name: str, ids: Tensor) -> Tensor:
 
 def _token(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def require_free(host: str, port: int) -> None:
+    """Find out, before a model is loaded, that a server can listen there.
+
+    Raises:
+        OptionError: the port is taken or needs more rights, or the address is none of this machine.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OptionError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
 
 
 def serve_forever(serving: Serving, *, host: str, port: int) -> None:

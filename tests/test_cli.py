@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import sys
 from pathlib import Path
 
@@ -201,6 +202,27 @@ def test_a_place_that_is_taken_is_told_before_the_work(run, model: str, tmp_path
         assert (code, out) == (2, "")
         assert "taken exists and is not a folder" in err
     assert taken.read_text() == "mine"
+    for arguments in (["compile", model, "-t", "onnx", "-o", taken / "net.onnx"], ["demo", "-o", taken]):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert str(taken) in err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, out, err = run("serve", "demo", "--port", port)
+    assert (code, out) == (2, "")
+    assert err == f"error: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_generate_says_that_the_cache_is_full(run) -> None:
+    code, _, err = run("generate", "draft", "--prompt", "x", "-n", "40", "-p", "insert-kv-cache{max-length=8}")
+    assert code == 0
+    assert "the length that the cache holds" in err
 
 
 def test_files_of_other_tools(run, model: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def main() -> None:
     except IrcError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         print(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -50,7 +50,9 @@ def compile(
     from rich.console import Console
 
     from irc.compiler import compile as compile_model
+    from irc.core.folder import require_place
 
+    require_place(output)
     loaded = load_model(model)
     compiled = compile_model(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
@@ -89,6 +91,7 @@ def generate(
     """
     from irc.compiler import compile as compile_model
     from irc.core.errors import OptionError
+    from irc.runtime.results import FinishReason
 
     loaded = load_model(model)
     if loaded.tokenizer is None:
@@ -97,6 +100,7 @@ def generate(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer,
     )  # fmt: skip
+    guessing = draft_of(draft, draft_target or target)
     streaming = len(prompt) == 1
     if streaming:
         typer.echo(prompt[0], nl=False)
@@ -107,13 +111,15 @@ def generate(
 
     result = compiled.generate(
         prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        stream=show, draft=draft_of(draft, draft_target or target),
+        stream=show, draft=guessing,
     )  # fmt: skip
     if streaming:
         typer.echo("")
     else:
         for given, text in zip(prompt, result.text, strict=True):
             typer.echo(f"── {given!r}\n{given}{text}\n")
+    if FinishReason.CACHE_FULL in result.finish_reasons:
+        typer.echo("ended early: prompt and text have the length that the cache holds", err=True)
     typer.echo(str(result.stats), err=True)
     if result.speculation is not None:
         typer.echo(str(result.speculation), err=True)

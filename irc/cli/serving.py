@@ -60,8 +60,9 @@ def serve(
         irc serve demo -p 'quantize-weights{bits=8},insert-kv-cache{layout=paged}' --draft ngram --port 8080
     """
     from irc.core.errors import OptionError
-    from irc.serving import Serving, serve_forever
+    from irc.serving import Serving, require_free, serve_forever
 
+    require_free(host, port)
     loaded = load_model(model)
     if loaded.tokenizer is None:
         raise OptionError(f"{model} comes without a tokenizer: a server needs one")

@@ -46,6 +46,7 @@ def save(program: TypedGraph, folder: str | Path) -> None:
     if missing:
         raise StorageError(f"program {program.name} has no values for {len(missing)} weights (first: {missing[0]})")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error}") from error
@@ -59,7 +60,7 @@ def save(program: TypedGraph, folder: str | Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Find out, before long work, that a program can be written there: nothing else is in the way, its parent exists.
+    """Find out, before long work, that a program can be written there: nothing else is in the way.
 
     Raises:
         StorageError: it cannot.
@@ -70,12 +71,18 @@ def prepare(folder: Path) -> None:
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in (GRAPH, WEIGHTS, INPUTS, MANIFEST))
         if strangers:
             raise StorageError(f"{folder} holds other files ({', '.join(strangers[:5])}): choose another place")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error}") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise StorageError(f"cannot write {folder}: {folder.parent} is not writable")
+    require_place(folder)
+
+
+def require_place(path: Path) -> None:
+    """Find out, before long work, that a file or folder can be made there.
+
+    Raises:
+        StorageError: what is above it is no folder, or must not be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StorageError(f"cannot write {path}: {above} is not a folder that can be written to")
 
 
 def _write(program: TypedGraph, folder: Path) -> None:

@@ -42,8 +42,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     layer = Convolution.of(definer, call.site.node)
     assert layer is not None
     kind = "3 × 3 filters" if problem.winograd else f"panels of {problem.groups} groups"
-    name, weight = f"{layer.weight.target} as {kind}", program.weight(layer.weight).detach().float()
-    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, weight))
+    name, weight = f"{layer.weight.target} as {kind}", program.weight(layer.weight).detach()
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight.float()))
     sizes: set[sympy.Symbol] = set()
     return convolution_function(
         call, template, conv_arguments(definer, call, sizes), input_type=C_TYPES[problem.activation],
