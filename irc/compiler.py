@@ -13,6 +13,7 @@ from irc.compile_cache.entry import Kept
 from irc.compile_cache.lookup import look_up
 from irc.compiled import Compiled, holds_program, program_of
 from irc.core.calibration import CALIBRATION_KEY
+from irc.core.collection import walking_once
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.folder import require_place
@@ -28,6 +29,7 @@ from irc.core.text import parse
 from irc.view.progress import shown_progress
 
 
+@walking_once()
 def compile(
     model: Any,
     passes: Source | None = None,

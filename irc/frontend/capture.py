@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from irc.core.collection import walking_once
 from irc.core.errors import CaptureError, OptionError, nearest
 from irc.core.program import Program
 from irc.frontend import exporter, frontends
@@ -20,6 +21,7 @@ from irc.frontend.naming import DimNamer
 FRONTENDS = ("auto", "torch", "transformers")
 
 
+@walking_once()
 def capture(
     model: Any,
     example_inputs: Any = None,

@@ -22,20 +22,20 @@ class WeightBlock:
     Attributes:
         offsets: part → bytes from the start.
         sizes: part → its bytes.
-        parts: the tensors in order, or what makes them.
+        parts: what makes the tensors, in order: given their place in the block, in it or elsewhere.
     """
 
     offsets: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    parts: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     num_bytes: int = 0
 
     def add(self, name: str, tensor: Tensor) -> int:
         """Append a tensor; its offset. A name that is known keeps its first tensor."""
         tensor = tensor.detach()
-        return self.add_made(name, tensor.numel() * tensor.element_size(), lambda: tensor)
+        return self.add_made(name, tensor.numel() * tensor.element_size(), lambda _: tensor)
 
-    def add_made(self, name: str, num_bytes: int, make: Callable[[], Tensor]) -> int:
+    def add_made(self, name: str, num_bytes: int, make: Callable[[Tensor], Tensor]) -> int:
         """Append a tensor of that size that is made when the block is: its place is known before."""
         if name not in self.offsets:
             self.offsets[name], self.sizes[name], self.parts[name] = self.num_bytes, num_bytes, make
@@ -50,10 +50,14 @@ class WeightBlock:
         """
         block = large_memory(max(self.num_bytes, ALIGNMENT))
         for name, offset in self.offsets.items():
-            data = self.parts.pop(name)().contiguous().reshape(-1).view(torch.uint8)
-            if data.numel() != self.sizes[name]:
-                raise TargetError(f"{name} has {data.numel()} bytes, its place {self.sizes[name]}")
-            block[offset : offset + data.numel()] = data
+            place = block[offset : offset + self.sizes[name]]
+            made = self.parts.pop(name)(place)
+            if made is place:
+                continue
+            data = made.contiguous().reshape(-1).view(torch.uint8)
+            if data.numel() != place.numel():
+                raise TargetError(f"{name} has {data.numel()} bytes, its place {place.numel()}")
+            place.copy_(data)
         return block
 
 

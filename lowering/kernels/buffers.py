@@ -8,6 +8,8 @@ from typing import Literal
 
 import sympy
 
+from irc.lowering.kernels.indexing import remembered
+
 Kind = Literal["input", "weight", "temporary", "output"]
 ITEM_BYTES = {
     "f64": 8, "f32": 4, "bf16": 2, "f16": 2, "f8e4m3": 1, "f8e5m2": 1,
@@ -44,10 +46,15 @@ class Buffer:
 
     def offset(self, index: Sequence[sympy.Expr]) -> sympy.Expr:
         """Elements from the start to the element at an index."""
-        return sympy.Add(*(i * s for i, s in zip(index, self.strides, strict=True)))
+        return _offset(tuple(index), self.strides)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@remembered
+def _offset(index: tuple[sympy.Expr, ...], strides: tuple[sympy.Expr, ...]) -> sympy.Expr:
+    return sympy.Add(*(i * s for i, s in zip(index, strides, strict=True)))
 
 
 def row_major(shape: Sequence[sympy.Expr], order: Sequence[int] | None = None) -> tuple[sympy.Expr, ...]:

@@ -21,6 +21,7 @@ from irc.core.dims import Size
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import op_name
+from irc.lowering.kernels.alike import Names
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.indexing import ZERO, below, index_symbol, simplify
 from irc.lowering.kernels.values import REGISTER, Apply, Bindings, Index, Literal, Load, Reduce, Value
@@ -85,11 +86,13 @@ class Operand:
 class Definer:
     """Values of a program's nodes.
 
-    `buffers` says which nodes have memory; all others are computed where they are used.
+    `buffers` says which nodes have memory; all others are computed where they are used. Index symbols are named after
+    nodes, by `names` (default: their own).
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, names: Names | None = None) -> None:
         self.program = program
+        self.names = names or Names()
         self.buffers: dict[fx.Node, Buffer] = {}
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
         self._values: dict[fx.Node, dict[At, Value]] = {}
@@ -111,7 +114,8 @@ class Definer:
         """(an index of symbols over the node's shape, (symbol, extent) of each axis)."""
         shape = self.shape(node)
         # An axis of one element has no index.
-        symbols = tuple(ZERO if size == 1 else index_symbol(f"{node.name}{tag}.{i}") for i, size in enumerate(shape))
+        name = self.names.of_node(node) + tag
+        symbols = tuple(ZERO if size == 1 else index_symbol(f"{name}.{i}") for i, size in enumerate(shape))
         self.ranges.update((s, size) for s, size in zip(symbols, shape, strict=True) if s != 0)
         return symbols, tuple(zip(symbols, shape, strict=True))
 
@@ -245,7 +249,7 @@ class Call:
 
     def symbol(self, name: str, extent: sympy.Expr) -> sympy.Symbol:
         """A bound index of this node, running over `extent`."""
-        symbol = index_symbol(f"{self.node.name}_{name}")
+        symbol = index_symbol(f"{self.definer.names.of_node(self.node)}_{name}")
         self.ranges[symbol] = sympy.sympify(extent)
         return symbol
 

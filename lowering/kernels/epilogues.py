@@ -10,7 +10,7 @@ import torch.fx as fx
 from irc.core.target import op_name
 from irc.lowering.kernels.buffers import Buffer, row_major
 from irc.lowering.kernels.definitions import Definer
-from irc.lowering.kernels.indexing import reshape_index, simplify
+from irc.lowering.kernels.indexing import equal, reshape_index, simplify
 from irc.lowering.kernels.sites import Site
 from irc.lowering.kernels.stored import WRITES, Demand
 from irc.lowering.kernels.values import Apply, Load, Local, Value, loads, reductions, rewrite, walk
@@ -77,7 +77,7 @@ class _Trial:
 def _fits(demand: Demand, trial: _Trial, node: fx.Node, last: fx.Node) -> bool:
     definer = demand.definer
     shape, result = definer.shape(node), definer.shape(last)
-    if sympy.expand(sympy.prod(shape) - sympy.prod(result)) != 0 or shape[-1] != result[-1]:
+    if not equal(sympy.prod(shape), sympy.prod(result)) or shape[-1] != result[-1]:
         return False
     site = demand.sites[node]
     if (site.columns > 1 or site.order is not None) and shape != result:
@@ -94,4 +94,4 @@ def _fits(demand: Demand, trial: _Trial, node: fx.Node, last: fx.Node) -> bool:
         made = trial.made_by.get(load.buffer.name)
         if load.buffer.name not in trial.ready and (made is None or trial.order[made] > trial.order[node]):
             return False  # not computed yet when the template runs
-    return bool(own) and all(sympy.expand(load.offset - offset) == 0 for load in own)
+    return bool(own) and all(equal(load.offset, offset) for load in own)

@@ -17,6 +17,7 @@ from torch import Tensor
 from irc.core.program import VAL, Program
 from irc.core.provenance import location, module_path
 from irc.core.target import op_name
+from irc.lowering.kernels.alike import Names, NamesMeet
 from irc.lowering.kernels.buffers import Buffer, row_major
 from irc.lowering.kernels.definitions import Definer, convert, settle
 from irc.lowering.kernels.epilogues import choose_epilogues, finished
@@ -61,13 +62,16 @@ def _call_text(call: TemplateCall) -> str:
 
 def make_schedule(program: Program, matchers: Sequence[Matcher] = ()) -> Schedule:
     """Kernels and template calls for a program whose constants are folded."""
-    return _Scheduler(program, matchers).run()
+    try:
+        return _Scheduler(program, matchers, Names.of(program)).run()
+    except NamesMeet:
+        return _Scheduler(program, matchers, Names()).run()
 
 
 class _Scheduler:
-    def __init__(self, program: Program, matchers: Sequence[Matcher]) -> None:
+    def __init__(self, program: Program, matchers: Sequence[Matcher], names: Names) -> None:
         self.program = program
-        self.definer = Definer(program)
+        self.definer = Definer(program, names)
         self.matchers = matchers
         self.schedule = Schedule(program)
         self.steps: list[OpenKernel | TemplateCall] = []
@@ -204,6 +208,7 @@ class _Scheduler:
             offset = Index(simplify(buffer.offset(symbols), self.definer.ranges))
             axes = axes if site.order is None else tuple(axes[i] for i in site.order)
             item = Item(buffer, _real(axes), offset, settle(value, buffer.dtype), origins=origins)
+            self._meet(item)
             columns = [axis for axis in axes[len(axes) - site.columns :] if axis in item.axes]
             epilogue = build_epilogue(f"{name}_epilogue", item, columns, self.definer.ranges)
         self.steps.append(TemplateCall(name, site, reads, buffer, epilogue, origins))
@@ -238,12 +243,14 @@ class _Scheduler:
 
     def _add(self, item: Item) -> None:
         """Put a store into an open kernel, or a new one."""
+        self._meet(item)
         blockers: set[Buffer] = set()
         read = {load.buffer for load in loads(*item.values)}
         for step in reversed(self.steps[-_LOOK_BACK:]):
             if isinstance(step, TemplateCall):
                 written, touched = {step.write}, {step.write, *(r.buffer for r in step.reads), *step.extra_reads}
             else:
+                self._meet(*step.items, item)
                 found = joined(step, item, self.definer.ranges) if len(step.items) < MAX_STORES else None
                 if found is not None:
                     step.items.append(found[0])
@@ -257,6 +264,9 @@ class _Scheduler:
                 break
         name = self._unique(item.origins[0].node if item.origins else item.buffer.name)
         self.steps.append(OpenKernel(len(self.steps), [item], list(item.outer_axes()), {item.buffer}, name))
+
+    def _meet(self, *items: Item) -> None:
+        self.definer.names.meet(origin.node for item in items for origin in item.origins)
 
     def _kernel(self, step: OpenKernel) -> Kernel:
         return build_kernel(step.name, step.items, step.outer, self.definer.ranges)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import sympy
@@ -10,11 +11,39 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 Ranges = Mapping[sympy.Symbol, sympy.Expr]
 """Index symbol → extent: the symbol runs over 0 … extent - 1."""
 
+Extents = frozenset[tuple[sympy.Symbol, sympy.Expr]]
+"""The same as a key: of the symbols that matter."""
+
+# sympy remembers the last thousand results of each function, less than a layer of a model needs.
+remembered = functools.lru_cache(maxsize=1 << 14)
+
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 
 def index_symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def replaced(expr: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges) -> sympy.Expr:
+    """The expression over other symbols, simplified."""
+    return simplify(exchanged(expr, frozenset(mapping.items())), ranges)
+
+
+@remembered
+def exchanged(expr: sympy.Expr, pairs: frozenset[tuple[sympy.Symbol, sympy.Expr]]) -> sympy.Expr:
+    """The expression with the first of each pair exchanged for the second."""
+    return expr.xreplace(dict(pairs))
+
+
+@remembered
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two expressions are the same once they are expanded."""
+    return bool(a == b or sympy.expand(a - b) == 0)
+
+
+def _extents(exprs: Sequence[sympy.Expr], ranges: Ranges) -> Extents:
+    symbols = frozenset[sympy.Symbol]().union(*(expr.free_symbols for expr in exprs))
+    return frozenset((symbol, ranges[symbol]) for symbol in symbols if symbol in ranges)
 
 
 def floor_div(x: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Expr:
@@ -41,6 +70,12 @@ def simplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
     """Expanded, with every division and remainder resolved that the ranges decide, and k·(x//k) + x mod k = x."""
     if expr.is_Symbol or expr.is_Integer:
         return expr
+    return _simplified(expr, _extents((expr,), ranges))
+
+
+@remembered
+def _simplified(expr: sympy.Expr, extents: Extents) -> sympy.Expr:
+    ranges = dict(extents)
     if expr.has(FloorDiv, Mod):
         replaced = {}
         for part in sorted(expr.atoms(FloorDiv, Mod), key=lambda p: p.count_ops()):
@@ -146,6 +181,14 @@ def reshape_index(
 
     Runs of axes with equal products are mapped on their own, so that what a reshape leaves alone stays simple.
     """
+    return list(_reshaped(tuple(index), tuple(new), tuple(old), _extents(index, ranges)))
+
+
+@remembered
+def _reshaped(
+    index: tuple[sympy.Expr, ...], new: tuple[sympy.Expr, ...], old: tuple[sympy.Expr, ...], extents: Extents
+) -> tuple[sympy.Expr, ...]:
+    ranges = dict(extents)
     result: list[sympy.Expr] = []
     start_new = start_old = 0
     while start_new < len(new) or start_old < len(old):
@@ -153,7 +196,7 @@ def reshape_index(
         inner = flatten(index[start_new:stop_new], new[start_new:stop_new])
         result += unflatten(inner, old[start_old:stop_old], ranges)
         start_new, start_old = stop_new, stop_old
-    return result
+    return tuple(result)
 
 
 def _next_run(new: Sequence[sympy.Expr], old: Sequence[sympy.Expr], i: int, j: int) -> tuple[int, int]:

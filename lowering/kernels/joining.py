@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.indexing import Ranges
+from irc.lowering.kernels.indexing import Ranges, equal
 from irc.lowering.kernels.schedule import AxisRange, Item
 from irc.lowering.kernels.values import Load, loads, reductions
 
@@ -37,7 +37,7 @@ def joined(step: OpenKernel, item: Item, ranges: Ranges) -> tuple[Item, list[Axi
     first = step.items[0]
     prefix = 0
     for (_, a), (_, b) in zip(first.axes, item.axes, strict=False):
-        if sympy.expand(a - b) != 0:
+        if not equal(a, b):
             break
         prefix += 1
     reducing = [i for i in (*step.items, item) if reductions(*i.values)]
@@ -70,7 +70,7 @@ def joined(step: OpenKernel, item: Item, ranges: Ranges) -> tuple[Item, list[Axi
 def _row_local(load: Load, item: Item, outer: Sequence[AxisRange], same_element: bool) -> bool:
     """Whether a load of what the item stored stays in the row (or at the element) that is being computed."""
     if same_element:
-        return sympy.expand(load.offset - item.offset.expr) == 0
+        return equal(load.offset, item.offset.expr)
     rows = {s for s, _ in outer}
     base = item.offset.expr.xreplace({s: sympy.Integer(0) for s, _ in item.axes if s not in rows})
     rest = sympy.expand(load.offset - base)

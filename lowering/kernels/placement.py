@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from irc.lowering.kernels.buffers import row_major
 from irc.lowering.kernels.definitions import Definer
-from irc.lowering.kernels.indexing import ZERO
+from irc.lowering.kernels.indexing import ZERO, equal, remembered
 from irc.lowering.kernels.sites import LAYOUTS, Memory, Site
 from irc.lowering.kernels.values import Load, Value, loads
 
@@ -19,21 +19,31 @@ def in_memory(definer: Definer, node: fx.Node, symbols: tuple[sympy.Expr, ...], 
     value = definer.value(node, symbols)
     if not isinstance(value, Load) or value.bindings or value.buffer.dtype != definer.dtype(node):
         return None
-    free = [s for s in symbols if s != 0]
-    start = value.offset.xreplace(dict.fromkeys(free, ZERO))
-    strides = tuple(
-        sympy.expand(value.offset.xreplace({s: sympy.Integer(int(s is one)) for s in free}) - start) for one in symbols
-    )
-    linear = start + sympy.Add(*(a * b for a, b in zip(symbols, strides, strict=True)))
-    if sympy.expand(linear - value.offset) != 0:
+    linear = _linear(value.offset, symbols)
+    if linear is None:
         return None
+    start, strides = linear
     shape = definer.shape(node)
     dense = row_major(shape, LAYOUTS.get(layout))
     if layout == "rows" or layout in LAYOUTS:
-        fits = all(size == 1 or sympy.expand(a - b) == 0 for size, a, b in zip(shape, strides, dense, strict=True))
+        fits = all(size == 1 or equal(a, b) for size, a, b in zip(shape, strides, dense, strict=True))
     else:
         fits = shape[-1] == 1 or strides[-1] == 1
     return Memory(value.buffer, shape, strides, start) if fits else None
+
+
+@remembered
+def _linear(
+    offset: sympy.Expr, symbols: tuple[sympy.Expr, ...]
+) -> tuple[sympy.Expr, tuple[sympy.Expr, ...]] | None:  # fmt: skip
+    """(start, strides) with offset = start + Σ symbol · stride, or None where it is nothing of the kind."""
+    free = [s for s in symbols if s != 0]
+    start = offset.xreplace(dict.fromkeys(free, ZERO))
+    strides = tuple(
+        sympy.expand(offset.xreplace({s: sympy.Integer(int(s is one)) for s in free}) - start) for one in symbols
+    )
+    linear = start + sympy.Add(*(a * b for a, b in zip(symbols, strides, strict=True)))
+    return (start, strides) if equal(linear, offset) else None
 
 
 def order_of_reads(value: Value, symbols: tuple[sympy.Symbol, ...]) -> tuple[int, ...] | None:
@@ -48,14 +58,19 @@ def order_of_reads(value: Value, symbols: tuple[sympy.Symbol, ...]) -> tuple[int
         if symbol == 0:
             steps.append(0.0)
             continue
-        probe = load.offset.xreplace({symbol: symbol + 8}) - load.offset
-        at = sympy.expand(probe).xreplace({s: sympy.Integer(8) for s in probe.free_symbols})
         try:
-            steps.append(float(at))
+            steps.append(float(_moved(load.offset, symbol)))
         except TypeError:
             return None
     order = sorted(range(len(symbols)), key=lambda i: -steps[i])
     return None if order == list(range(len(symbols))) else tuple(order)
+
+
+@remembered
+def _moved(offset: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
+    """How far an offset moves when the symbol does by eight, with sizes of eight."""
+    probe = offset.xreplace({symbol: symbol + 8}) - offset
+    return sympy.expand(probe).xreplace({s: sympy.Integer(8) for s in probe.free_symbols})
 
 
 def layout_of_readers(

@@ -16,7 +16,7 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.indexing import Ranges, index_symbol
+from irc.lowering.kernels.indexing import ZERO, Ranges, equal, exchanged, index_symbol
 from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Origin, Start, Statement, Store
 from irc.lowering.kernels.values import Index, Load, Local, Reduce, Value, reductions, rewrite, substitute, walk
 
@@ -319,8 +319,8 @@ def _walked_as_one(items: Sequence[Item], first: AxisRange, second: AxisRange) -
     for expr in _expressions(items):
         if a not in expr.free_symbols and b not in expr.free_symbols:
             continue
-        joined = expr.xreplace({a: sympy.Integer(0)}).xreplace({b: a * size + b})
-        if sympy.expand(joined - expr) != 0:
+        joined = exchanged(exchanged(expr, frozenset([(a, ZERO)])), frozenset([(b, a * size + b)]))
+        if not equal(joined, expr):
             return False
     return True
 
@@ -329,7 +329,7 @@ def _merge(
     items: list[Item], outer: list[AxisRange], first: AxisRange, second: AxisRange, ranges: dict
 ) -> tuple[list[Item], list[AxisRange]]:
     (a, rows), (b, size) = first, second
-    symbol = index_symbol(f"{a}{b}" if len(str(a)) + len(str(b)) < 12 else f"m{len(ranges)}")
+    symbol = index_symbol(f"{a}{b}" if len(str(a)) + len(str(b)) < 12 else f"m_{a}_{b}")
     ranges[symbol] = sympy.expand(rows * size)
     one = (symbol, ranges[symbol])
 

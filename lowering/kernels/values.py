@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.indexing import simplify
+from irc.lowering.kernels.indexing import replaced
 
 REGISTER = {
     "f64": "f64", "f32": "f32", "bf16": "f32", "f16": "f32", "f8e4m3": "f32", "f8e5m2": "f32",
@@ -231,10 +231,10 @@ def substitute(value: Value, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges:
         if not part.symbols.intersection(mapping):
             return part
         if isinstance(part, Load):
-            offset = simplify(part.offset.xreplace(mapping), ranges)
+            offset = replaced(part.offset, mapping, ranges)
             return Load(part.buffer, offset, _bound(part.bindings))
         if isinstance(part, Index):
-            return Index(simplify(part.expr.xreplace(mapping), ranges), _bound(part.bindings))
+            return Index(replaced(part.expr, mapping, ranges), _bound(part.bindings))
         return None
 
     memo: dict[Value, Value] = {}

@@ -71,8 +71,10 @@ def pack(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The parts of a quantized weight (arguments of `irc::dequantize`) as panels.
+    """The parts of a quantized weight (arguments of `irc::dequantize`) as panels; in `out` if it is given.
 
     Shapes: stored: what the format packs [N, K] to; scale, zero_point [N, K / group]; returns u8[bytes].
 
@@ -94,7 +96,7 @@ def pack(
     scale = _exact_scale(scale, problem.scale).expand(problem.columns, -1)
     if zero_point is not None:
         zero_point = zero_point.expand(problem.columns, -1)
-    packed = torch.empty(packed_bytes(problem), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(problem), dtype=torch.uint8) if out is None else out
     panels = packed.view(-(-problem.columns // PANEL), _sizes(chosen, problem.depth)[2], -1)
     step = max(1, _AT_ONCE // problem.depth // PANEL) * PANEL
     for start in range(0, problem.columns, step):
@@ -218,16 +220,17 @@ def _nibble_quads(chosen: formats.QuantFormat, stored: Tensor, shift: int) -> Te
     """i32[N, K / 8]: of 8 neighbours the first four in the low nibbles of 4 bytes, the others in the high ones."""
     if chosen.packs_two and stored.shape[1] % 4 == 0:
         eight = stored.contiguous().view(torch.int32)  # neighbour i in bits 4 i to 4 i + 3
-        return _spread(eight) | _spread(eight >> 16) << 4
+        # 0 1 2 3 4 5 6 7 → 0 1 4 5 2 3 6 7 → 0 4 1 5 2 6 3 7
+        return _exchanged(_exchanged(eight, 8, 0x0000FF00), 4, 0x00F000F0)
     values = pad_to((chosen.unpack(stored) + shift).to(torch.uint8), 1, 8, shift).unflatten(1, (-1, 2, 4))
     return (values[:, :, 0] | values[:, :, 1] << 4).contiguous().view(torch.int32).squeeze(-1)
 
 
-def _spread(x: Tensor) -> Tensor:
-    """The four nibbles of the low half of each i32, each into a byte of its own."""
-    x = x & 0xFFFF
-    x = (x | x << 8) & 0x00FF00FF
-    return (x | x << 4) & 0x0F0F0F0F
+def _exchanged(x: Tensor, distance: int, mask: int) -> Tensor:
+    """Each i32 with the bits of the mask exchanged for those `distance` above them."""
+    differ = (x >> distance).bitwise_xor_(x).bitwise_and_(mask)
+    changed = x ^ differ
+    return changed.bitwise_xor_(differ.bitwise_left_shift_(distance))
 
 
 def _byte_quads(chosen: formats.QuantFormat, stored: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     name = f"{stored.target} as {problem.weight} panels"
     scale = None if parts is None or parts[1] is None else program.weight(parts[1]).detach()
     weight = program.weight(stored).detach()
-    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, weight, scale))
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight, scale))
     epilogue = print_epilogue(call.epilogue)
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]

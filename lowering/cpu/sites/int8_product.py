@@ -66,7 +66,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels) * step
     shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
     weights.add_made(name, template.packed_bytes(problem),
-                     lambda: template.pack(problem, integers.reshape(shape), scale, zero))  # fmt: skip
+                     lambda _: template.pack(problem, integers.reshape(shape), scale, zero))  # fmt: skip
     sizes: set[sympy.Symbol] = set()
     args = {"narrow": "true" if template.is_narrow(integers) else "false"}
     if isinstance(layer, Convolution):

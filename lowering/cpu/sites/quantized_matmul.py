@@ -98,7 +98,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     tensors = [None if part is None else program.weight(part).detach() for part in parts]
     problem = _narrow(call.site.problem, tensors[1])
     name = f"{parts[0].target} as {problem.weight} {problem.scale}"
-    weights.add_made(name, template.packed_bytes(problem), lambda: template.pack(problem, *tensors))
+    weights.add_made(name, template.packed_bytes(problem), lambda place: template.pack(problem, *tensors, out=place))
     epilogue = print_epilogue(call.epilogue)
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]

@@ -13,6 +13,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from irc.core.program import VAL, dtype_name
 from irc.lowering.kernels.definitions import At, Call, apply, convert, defines, literal, settle
+from irc.lowering.kernels.indexing import remembered
 from irc.lowering.kernels.values import REGISTER, Value
 
 # aten name → (operation, argument names, whether integers become floats, whether the result is a truth value)
@@ -261,6 +262,7 @@ def rope(call: Call, index: At) -> Value:
     return settle(rotated, call.dtype)
 
 
+@remembered
 def _rotary_pair(channel: sympy.Expr, half: sympy.Expr, interleaved: bool) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
     """(the other channel of the pair, the pair, which of the two this is); within bounds for channels that pass."""
     if interleaved:
