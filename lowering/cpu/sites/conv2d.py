@@ -26,8 +26,9 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     layer = Convolution.of(definer, node)
     if layer is None or not constant(layer.weight):
         return None
-    problem = layer.problem(definer, activation=definer.dtype(layer.x), weight=definer.dtype(layer.weight))
-    if template.refuses(problem, "plain") is not None:
+    # Weights in halves are widened when they are packed: they are few, and are read again for each block of pixels.
+    problem = layer.problem(definer, activation=definer.dtype(layer.x), weight="f32")
+    if definer.dtype(layer.weight) not in C_TYPES or template.refuses(problem, "plain") is not None:
         return None
     if options.winograd and template.winograd_pays(problem):
         problem = replace(problem, winograd=True)
@@ -42,7 +43,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     assert layer is not None
     kind = "3 × 3 filters" if problem.winograd else f"panels of {problem.groups} groups"
     name, weight = f"{layer.weight.target} as {kind}", program.weight(layer.weight).detach()
-    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight))
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight.float()))
     sizes: set[sympy.Symbol] = set()
     return convolution_function(
         call, template, conv_arguments(definer, call, sizes), input_type=C_TYPES[problem.activation],

@@ -17,6 +17,15 @@ struct RowState {
     KeyRange range[few_rows];
 };
 
+// Numbers that are read as they lie come from memory: asks for what lies two kilobytes behind `width` numbers of a row, in
+// the next rows if they follow each other.
+template <int64_t width, class Stored>
+IRC_INLINE void prefetch_behind(const Stored* row) {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Stored)), ahead = 32 * line;
+    if constexpr (!std::is_same_v<Stored, float>)
+        for (int64_t i = 0; i < width; i += line) prefetch(row + ahead + i);
+}
+
 // Scores of row r against a block of keys, four at a time.
 template <class State, class Stored>
 IRC_INLINE void score_row(const State& state, int64_t r, const Stored* const* rows, int64_t keys, float* scores) {
@@ -24,6 +33,8 @@ IRC_INLINE void score_row(const State& state, int64_t r, const Stored* const* ro
     for (int64_t t = 0; t < keys; t += 4) {
         const Stored *k0 = rows[t], *k1 = rows[min_of(t + 1, keys - 1)], *k2 = rows[min_of(t + 2, keys - 1)],
                      *k3 = rows[min_of(t + 3, keys - 1)];
+        const Stored* const four[] = {k0, k1, k2, k3};
+        for (const Stored* key : four) prefetch_behind<State::width>(key);
         f32x16 a = zero(), b = zero(), c = zero(), d = zero();
         for (int64_t i = 0; i < State::width; i += 16) {
             const f32x16 x = load(q + i);
@@ -81,6 +92,7 @@ IRC_INLINE void add_values(State& state, int64_t r, const float* weights, const 
             for (int64_t i = 0; i < count; ++i) sums[m][i] = mul(load(values + m * width + 16 * i), set1(decay[m]));
         for (int64_t t = first; t < last; ++t) {
             const Stored* row = rows[t] + start;
+            prefetch_behind<16 * vectors>(row);
             for (int64_t i = 0; i < count; ++i) {
                 const f32x16 value = load(row + 16 * i);
                 for (int64_t m = 0; m < R; ++m)
