@@ -50,8 +50,8 @@ def compile_once(shape: str, kind: str, threads: int, folder: str, *, cached: bo
 def load_once(threads: int, folder: str) -> dict[str, float]:
     """Seconds until a saved artifact is ready, and of its first token; what it takes of memory.
 
-    `memory_share`: the most memory above that of Python and PyTorch, with prompts as long as the cache having passed, of
-    the bytes of weights and cache (mapped weights count as far as they were touched).
+    `memory_share`: the most memory above that of Python and PyTorch, with prompts as long as the cache having passed,
+    of the bytes of weights and cache (mapped weights count as far as they were touched).
     """
     import torch
 

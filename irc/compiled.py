@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from irc.compiled_folder import Settings, read_settings, read_tokenizer, write_settings
-from irc.core.errors import IrcError, OptionError, StorageError
+from irc.core.errors import OptionError, StorageError
 from irc.core.kv_cache import KVCache
 from irc.core.manager import FIRST_STAGE
-from irc.core.misfits import misfits
+from irc.core.misfits import misfit_error, misfits
 from irc.core.paged import PagedModel
 from irc.core.program import Program
 from irc.core.report import Report
@@ -65,7 +65,7 @@ class Compiled:
             problems = misfits(first, flat)
             if not problems:
                 raise
-            raise IrcError(f"program {first.name} cannot take these inputs:\n  - " + "\n  - ".join(problems)) from error
+            raise misfit_error(first, problems) from error
 
     # ---------------------------------------------------------------- generation
 

@@ -16,6 +16,7 @@ from irc.core.calibration import CALIBRATION_KEY
 from irc.core.collection import walking_once
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
+from irc.core.folder import require_place
 from irc.core.instruments import Instrument
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
 from irc.core.pipeline import Source, parse_pipeline
@@ -80,10 +81,13 @@ def compile(
         NumericError: the artifact computes something else than its program.
     """
     chosen = get_target(target) if isinstance(target, str) else target
+    if not isinstance(chosen, Target):
+        raise OptionError(f"target is a name or a Target, not {target!r}")
     chosen.require_available()
     pipeline = parse_pipeline(passes) if passes is not None else None  # a typing error shows before the long work
     lookup = None
     if cache is not None:
+        require_place(Path(cache) / "entry")
         lookup = look_up(
             Path(cache), model, pipeline, chosen, _with_tokenizer(chosen, options, tokenizer),
             {"observing passes": tuple(instruments), "a dump": dump_dir, "calibration": calibration,
@@ -115,7 +119,7 @@ def compile(
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
     compiled = Compiled(
-        artifact=artifact, stages=result.stages, report=result.report, target=chosen,
+        artifact=artifact, stages=Stages(result.stages), report=result.report, target=chosen,
         tokenizer=tokenizer, eos=_end_tokens(model),
     )  # fmt: skip
     if lookup is not None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from irc.core.program import VAL, Program, dtype_name
+from irc.core.dtypes import describe
+from irc.core.errors import IrcError
+from irc.core.typed_graph import VAL, TypedGraph
 
 
-def misfits(program: Program, flat: Sequence[Any]) -> list[str]:
-    """Inputs whose number of dimensions or element type is not that of the program's."""
+def misfits(program: TypedGraph, flat: Sequence[Any]) -> list[str]:
+    """Inputs whose number of dimensions, element type or fixed sizes are not those of the program's."""
     found = []
     for node, value in zip(program.placeholders, flat, strict=False):
         wanted = node.meta[VAL]
@@ -19,7 +21,18 @@ def misfits(program: Program, flat: Sequence[Any]) -> list[str]:
             continue
         if not isinstance(value, Tensor):
             found.append(f"{node.target} is {type(value).__name__}, not {program.type_text(node)}")
-        elif (value.dim(), value.dtype) != (wanted.dim(), wanted.dtype):
-            sizes = ", ".join(map(str, value.shape))
-            found.append(f"{node.target} is {dtype_name(value.dtype)}[{sizes}], not {program.type_text(node)}")
+        elif not _fits(value, wanted):
+            found.append(f"{node.target} is {describe(value)}, not {program.type_text(node)}")
     return found
+
+
+def misfit_error(program: TypedGraph, problems: Sequence[str]) -> IrcError:
+    """What to raise about them."""
+    return IrcError(f"program {program.name} cannot take these inputs:\n  - " + "\n  - ".join(problems))
+
+
+def _fits(value: Tensor, wanted: Tensor) -> bool:
+    if (value.dim(), value.dtype) != (wanted.dim(), wanted.dtype):
+        return False
+    sizes = zip(value.shape, wanted.shape, strict=True)
+    return all(given == size for given, size in sizes if isinstance(size, int))  # the others are symbols: any size

@@ -23,6 +23,7 @@ from irc.core.errors import IrcError
 from irc.core.evaluate import evaluate
 from irc.core.folder import save
 from irc.core.listing.printer import print_program
+from irc.core.misfits import misfit_error, misfits
 from irc.core.typed_graph import VAL as VAL
 from irc.core.typed_graph import TypedGraph
 from irc.core.typed_graph import is_size as is_size
@@ -38,7 +39,14 @@ class Program(TypedGraph):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with PyTorch: same arguments and results as the captured model, no gradients."""
-        return self.unflatten(self.run(*self.flatten_inputs(args, kwargs)))
+        flat = self.flatten_inputs(args, kwargs)
+        try:
+            return self.unflatten(self.run(*flat))
+        except Exception as error:  # of any kind, by what PyTorch ran: said again where an input explains it
+            problems = misfits(self, flat)
+            if not problems:
+                raise
+            raise misfit_error(self, problems) from error
 
     def run(self, *inputs: Any) -> list[Any]:
         """Run on flat inputs (one a placeholder), giving flat outputs."""

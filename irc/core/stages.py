@@ -14,6 +14,8 @@ class Stages(Mapping[str, Program]):
         self._stages = dict(stages)
 
     def __getitem__(self, name: str) -> Program:
+        if name not in self._stages:
+            raise KeyError(f"there is no stage {name!r}; there are {', '.join(self._stages)}")
         stage = self._stages[name]
         if not isinstance(stage, Program):
             stage = self._stages[name] = stage()

@@ -265,6 +265,8 @@ def read_options(cls: type[_OptionsT], given: Options | _OptionsT | None, *, wha
     """
     if isinstance(given, cls):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(f"{what}: options are a mapping of names to values, not {given!r}")
     assert dataclasses.is_dataclass(cls)
     values = dict(cast("Options", given or {}))  # else it were a `cls`
     known = [f.name for f in dataclasses.fields(cls)]

@@ -82,7 +82,7 @@ class _Box:
         return len(self.lines) * _LINE + 2 * _BOX_PAD
 
 
-def draw(program: Program, path: Path, *, layer: str | None = None) -> int:
+def draw(program: Program, path: str | Path, *, layer: str | None = None) -> int:
     """Write a picture of the program; `layer` keeps only the operations under that module path.
 
     Returns the number of operations drawn.
@@ -90,6 +90,7 @@ def draw(program: Program, path: Path, *, layer: str | None = None) -> int:
     Raises:
         OptionError: unknown file type, or no operation under `layer`.
     """
+    path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     if kind not in FORMATS:
         raise OptionError(f"cannot draw to {path.name!r}: known picture types are {', '.join(FORMATS)}")
