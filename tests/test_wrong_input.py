@@ -64,3 +64,10 @@ def test_stages_and_pictures(compiled: irc.Compiled, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="there is no stage 'capt'; there are capture"):
         compiled.stages["capt"]
     assert irc.draw(program_of(compiled), str(tmp_path / "net.svg")) == 3
+
+
+def test_what_is_no_description_of_sizes_and_no_program(compiled: irc.Compiled) -> None:
+    with pytest.raises(irc.IrcError, match=r"which sizes stay symbolic, .* not 'B'"):
+        irc.capture(nn.Linear(4, 2), (torch.ones(3, 4),), dynamic="B")
+    with pytest.raises(irc.IrcError, match=r"diff compares two programs, .* not a int"):
+        irc.diff(program_of(compiled), 5)  # type: ignore[arg-type]  # the mistake that is tried

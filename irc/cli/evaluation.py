@@ -154,6 +154,8 @@ def sensitivity(
         widths = [int(text) for text in bits.split(",")]
     except ValueError:
         raise OptionError(f"--bits takes numbers with commas between them, not {bits!r}") from None
+    if average_bits is not None and not average_bits >= min(widths):
+        raise OptionError(f"--average-bits {average_bits:g} is below the smallest of --bits {bits}")
     loaded = _load(model)
     samples = load_calibration(data, loaded, length=length, count=windows, batch_size=batch_size)
     found = measure(

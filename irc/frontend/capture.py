@@ -48,8 +48,12 @@ def capture(
 
     Raises:
         CaptureError: the model cannot be captured; says where, why, and what to try.
-        OptionError: unknown frontend.
+        OptionError: unknown frontend, or `dynamic` is no description of sizes.
     """
+    if not (dynamic is None or isinstance(dynamic, (Mapping, tuple, list))):
+        raise OptionError(
+            f"dynamic is a dict or a tuple that says which sizes stay symbolic, such as ({{0: 'B'}},), not {dynamic!r}"
+        )
     if frontend not in FRONTENDS:
         raise OptionError(f"unknown frontend {frontend!r}{nearest(frontend, FRONTENDS)}")
     if isinstance(model, (str, os.PathLike)):

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from irc.core import provenance
+from irc.core.errors import OptionError
 from irc.core.program import Program, describe, is_size
 
 
@@ -94,7 +95,14 @@ def _side_by_side(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def diff(before: Program, after: Program, *, names: tuple[str, str] = ("before", "after")) -> Difference:
-    """Compare two programs, best two stages of one pipeline."""
+    """Compare two programs, best two stages of one pipeline.
+
+    Raises:
+        OptionError: one of the two is no program.
+    """
+    for given in (before, after):
+        if not isinstance(given, Program):
+            raise OptionError(f"diff compares two programs, such as compiled.stages[…]; not a {type(given).__name__}")
     left, right = {n.name: n for n in before.operations()}, {n.name: n for n in after.operations()}
     same = {
         name for name in left.keys() & right.keys() if _signature(before, left[name]) == _signature(after, right[name])
