@@ -3,8 +3,8 @@
     python benchmarks/bandwidth.py --threads 2      # GB/s for 1, 2, 4, 8 and 16 streams a thread
 
 The threads share a buffer far larger than the last-level cache (at least 512 MB and eight times its size), each reads
-its pieces in several streams at once with prefetches ahead: one stream alone reaches half of what a core can read on some
-processors. `Meter.read()` gives the best of the numbers of streams, so that it is a limit and not one more sample.
+its pieces in several streams at once with prefetches ahead: one stream alone reaches half of what a core can read on
+some processors. `Meter.read()` gives the best of the numbers of streams, so that it is a limit and not one more sample.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _SOURCE = """
 
 extern "C" __attribute__((visibility("default"))) void* meter_pool(int threads) { return new irc::Pool(threads); }
 
-// Sums `bytes` of memory in pieces of 8 MB that workers take from one another, as they do in a product, so that a cpu that is
-// taken away holds nobody up. A piece is read in `streams` streams of 256 bytes in turn.
+// Sums `bytes` of memory in pieces of 8 MB that workers take from one another, as they do in a product, so that a cpu
+// that is taken away holds nobody up. A piece is read in `streams` streams of 256 bytes in turn.
 extern "C" __attribute__((visibility("default"))) uint64_t meter_read(void* pool, const uint64_t* memory, int64_t bytes,
                                                                       int64_t streams) {
     constexpr int64_t piece = 1 << 20;
