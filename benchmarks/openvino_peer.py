@@ -38,7 +38,7 @@ class Worker:
     def __init__(self, interpreter: str | Path, script: str, *arguments: object) -> None:
         path = Path(__file__).resolve().parent / "workers" / script
         # Not a pipe: nobody reads it while the worker runs.
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the worker)
         self._process = subprocess.Popen(
             [str(interpreter), str(path), *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,

@@ -36,7 +36,7 @@ struct FloatProduct {
     using Sum = float;
     using Sums = f32x16;
     static constexpr int height = gemm_height, panels = gemm_panels;
-        static constexpr bool widens = sizeof(Stored) < 4 && panels == 1;
+    static constexpr bool widens = sizeof(Stored) < 4 && panels == 1;
     static constexpr int64_t step = Panel::step, block = gemm_depth;
     static constexpr int64_t step_bytes = step * 16 * static_cast<int64_t>(widens ? 4 : sizeof(Stored));
     struct Ready {

@@ -17,6 +17,7 @@ constexpr int packed_height = 4, unpacked_height = 5;
 constexpr int packed_height = 4, unpacked_height = 0;
 #endif
 constexpr int64_t few_tokens = 16;
+static_assert(packed_height <= 12 && unpacked_height <= 12, "FILLING_ROWS of quantized_matmul.py: one less than a tile");
 
 // Bits 4 or 8; Group 0: the whole row; Scale: float or f16.
 template <int Bits, int Group, bool Asymmetric, class Scale>
