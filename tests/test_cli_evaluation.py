@@ -112,7 +112,9 @@ def test_sensitivity_to_pipeline(run, text: Path, tmp_path: Path) -> None:
         (["sensitivity", "demo", "--data", "{text}", "--bits", "2,x"], ["numbers with commas", "2,x"]),
         (["sensitivity", "demo", "--data", "{text}", "--bits", "1,9"], ["not 1", "not 9"]),
         (["sensitivity", "demo", "--data", "{text}", "--length", "16", "--bits", "4", "--group-size", "16",
-          "--average-bits", "3"], ["the smallest formats tried take 5.000"]),
+          "--average-bits", "3"], ["--average-bits 3 is below the smallest of --bits 4"]),
+        (["sensitivity", "demo", "--data", "{text}", "--length", "16", "--bits", "4", "--group-size", "16",
+          "--average-bits", "4.5"], ["the smallest formats tried take 5.000"]),
         (["sensitivity", "{folder}/nothing"], ["nothing", "does not exist"]),
     ],
 )  # fmt: skip
