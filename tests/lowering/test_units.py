@@ -74,5 +74,6 @@ def test_both_ways_give_the_same() -> None:
     whole = build(source.replace("IRC_UNIT ==", "OTHER_UNIT =="), isa=supported_isas()[-1], name="whole")
     assert whole != compiled.artifact.object_path
     found = torch.empty(1, 5, 8)
-    Library(whole, compiled.artifact._weights, 1).run((), [x], [found])
+    sizes = compiled.artifact.signature.sizes([x])
+    Library(whole, compiled.artifact._weights, 1).run(sizes, [x], [found])
     assert torch.equal(found, compiled(x))
