@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from irc.cli import main as cli
 from irc.cli import running
+from irc.cli.models import LoadedModel, served_name
 from irc.core import contract
 from irc.core.errors import IrcError
 from irc.core.target import get_target
@@ -248,6 +249,19 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run) -> None:
         code, out, err = run("serve", "demo", "--port", port)
     assert (code, out) == (2, "")
     assert err == f"error: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_a_served_model_has_the_name_that_the_user_typed(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("irc.serving.serve_forever", lambda serving, **where: served.append(serving.options.name))
+    assert run("serve", "draft")[0] == 0
+    assert served == ["draft"]
+    loaded = LoadedModel(None, "net")
+    assert [served_name(spec, loaded) for spec in ("demo", "tinypy", f"{tmp_path}/net.gguf")] == [
+        "demo",
+        "tinypy",
+        "net",
+    ]
 
 
 def test_generate_says_that_the_cache_is_full(run) -> None:
