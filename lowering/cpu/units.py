@@ -43,7 +43,7 @@ def in_units(functions: Sequence[tuple[str, PrintedFunction]]) -> list[Unit]:
     for name, function in functions:
         kinds.setdefault(function.includes, []).append((name, function))
     loops = kinds.pop((), [])
-    if sum(len(own) for own in kinds.values()) < 2:
+    if len(kinds) < 2 and sum(len(own) for own in kinds.values()) < _MANY:
         whole = Unit()
         whole.add(functions, 0.0)
         return [whole]
