@@ -159,7 +159,11 @@ class Compiled:
         """Write the artifact, and beside it what `generate` needs. Read it back with `Compiled.load`.
 
         The reference target writes a program folder, which `irc.load` reads too.
+
+        Raises:
+            OptionError, StorageError: the target does not write there; see `Target.check_place`.
         """
+        self.target.check_place(path)
         written = self.artifact.save(path)
         if written.is_dir():
             write_settings(written, Settings(self.target.name, self.program.name, self.eos), self.tokenizer)

@@ -24,7 +24,7 @@ from irc.core.program import Program
 from irc.core.report import Row
 from irc.core.stages import Stages
 from irc.core.storage import load as load_program
-from irc.core.target import Artifact, Target, get_target
+from irc.core.target import Artifact, Target, get_target, read_options
 from irc.core.text import parse
 from irc.view.progress import shown_progress
 
@@ -84,12 +84,14 @@ def compile(
     if not isinstance(chosen, Target):
         raise OptionError(f"target is a name or a Target, not {target!r}")
     chosen.require_available()
+    settings = _with_tokenizer(chosen, options, tokenizer)
+    read_options(chosen.options_type, settings, what=f"target {chosen.name}")
     pipeline = parse_pipeline(passes) if passes is not None else None  # a typing error shows before the long work
     lookup = None
     if cache is not None:
         require_place(Path(cache) / "entry")
         lookup = look_up(
-            Path(cache), model, pipeline, chosen, _with_tokenizer(chosen, options, tokenizer),
+            Path(cache), model, pipeline, chosen, settings,
             {"observing passes": tuple(instruments), "a dump": dump_dir, "calibration": calibration,
              "tuning": tune, "a value for passes": dict(pass_options or {})},
             example_inputs=example_inputs, dynamic=dynamic, verify=verify, name=name,
@@ -111,7 +113,6 @@ def compile(
         )  # fmt: skip
         result = manager.run(program)
     result.report.rows[0].ms = capture_ms
-    settings = _with_tokenizer(chosen, options, tokenizer)
     with shown_progress(progress) as report_progress:
         artifact, row = _lower(
             chosen, result.program, settings, check=verify != "off", tune=tune, progress=report_progress

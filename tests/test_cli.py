@@ -11,8 +11,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from irc.cli import main as cli
+from irc.cli import running
+from irc.cli.models import LoadedModel, served_name
 from irc.core import contract
 from irc.core.errors import IrcError
+from irc.core.target import get_target
 
 MODEL = '''
 import torch
@@ -209,6 +212,35 @@ def test_a_place_that_is_taken_is_told_before_the_work(run, model: str, tmp_path
         assert str(taken) in err
 
 
+@pytest.mark.parametrize(
+    ("target", "name", "words"),
+    [
+        ("onnx", "net.gguf", "target 'onnx' writes a .onnx file"),
+        ("gguf", "net", "target 'gguf' writes a .gguf file"),
+        ("reference", "net.onnx", "net.onnx is a name for target 'onnx'"),
+        ("cpu", "taken", "taken exists and is no cpu artifact"),
+        ("cpu", "taken/net", "taken is not a folder that can be written to"),
+        ("onnxx", "net.onnx", "no target is called 'onnxx'"),
+    ],
+)
+def test_compile_judges_the_place_before_the_model_is_loaded(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, name: str, words: str
+) -> None:
+    monkeypatch.setattr(running, "load_model", lambda spec: pytest.fail(f"{spec} was loaded"))
+    (tmp_path / "taken").write_text("mine")
+    code, out, err = run("compile", "demo", "-t", target, "-o", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_compile_over_what_it_wrote(run, model: str, tmp_path: Path) -> None:
+    for target in ("reference", "onnx"):
+        out = tmp_path / f"net{get_target(target).suffix}"
+        for _ in range(2):
+            code, _, err = run("compile", model, "-t", target, "-o", out)
+            assert (code, err) == (0, "")
+
+
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -217,6 +249,19 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run) -> None:
         code, out, err = run("serve", "demo", "--port", port)
     assert (code, out) == (2, "")
     assert err == f"error: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_a_served_model_has_the_name_that_the_user_typed(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr("irc.serving.serve_forever", lambda serving, **where: served.append(serving.options.name))
+    assert run("serve", "draft")[0] == 0
+    assert served == ["draft"]
+    loaded = LoadedModel(None, "net")
+    assert [served_name(spec, loaded) for spec in ("demo", "tinypy", f"{tmp_path}/net.gguf")] == [
+        "demo",
+        "tinypy",
+        "net",
+    ]
 
 
 def test_generate_says_that_the_cache_is_full(run) -> None:

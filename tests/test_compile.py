@@ -86,10 +86,13 @@ def test_wrong_names_come_before_the_work() -> None:
         compile(None, target="referense")
     with pytest.raises(OptionError, match="no pass is called 'insert-kv-cash'"):
         compile(None, "insert-kv-cash")
+    with pytest.raises(OptionError, match="no option 'devise'"):
+        compile(None, options={"devise": "cpu"})
 
 
 def test_saved_and_loaded(tmp_path) -> None:
     compiled().save(tmp_path / "saved")
+    compiled().save(tmp_path / "saved")  # over itself
     loaded = Compiled.load(tmp_path / "saved")
     found = loaded.generate(steps.PROMPTS, max_new_tokens=5).token_ids
     assert found == compiled().generate(steps.PROMPTS, max_new_tokens=5).token_ids

@@ -68,7 +68,7 @@ def load_model(spec: str) -> LoadedModel:
     if (path / "graph.irc").is_file():
         from irc.core.storage import load
 
-        return LoadedModel(load(path), path.name)
+        return LoadedModel(load(path), path.resolve().name)
     if (path / "config.json").is_file():
         return _load_huggingface(path)
     if path.suffix == ".pt2" and path.is_file():
@@ -87,6 +87,11 @@ def load_model(spec: str) -> LoadedModel:
         raise OptionError(f"say which model in the file: {spec}:NAME")
     reason = "is not a kind of model that irc reads" if path.exists() else "does not exist"
     raise OptionError(f"{spec} {reason}. {MODEL_HELP}")
+
+
+def served_name(spec: str, loaded: LoadedModel) -> str:
+    """What clients call a model that was given as `spec`: as the user did, or by the name of its file or folder."""
+    return spec if spec in _SHIPPED else loaded.name
 
 
 def load_shipped(which: str) -> LoadedModel:
@@ -218,4 +223,4 @@ def _load_huggingface(path: Path) -> LoadedModel:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    return LoadedModel(model.eval(), path.name, tokenizer=tokenizer)
+    return LoadedModel(model.eval(), path.resolve().name, tokenizer=tokenizer)

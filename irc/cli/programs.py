@@ -181,11 +181,9 @@ def diff(
     from irc.view.difference import diff as compare
 
     difference = compare(_program(before), _program(after), names=(Path(before).name, Path(after).name))
-    if difference.is_empty:
-        typer.echo(str(difference))
-        return
-    Console().print(difference.table())
-    raise typer.Exit(1)
+    Console().print(difference)
+    if not difference.is_empty:
+        raise typer.Exit(1)
 
 
 def check(

@@ -50,9 +50,11 @@ def compile(
     from rich.console import Console
 
     from irc.compiler import compile as compile_model
-    from irc.core.folder import require_place
+    from irc.core.target import get_target
 
-    require_place(output)
+    chosen = get_target(target)
+    chosen.require_available()
+    chosen.check_place(output)
     loaded = load_model(model)
     compiled = compile_model(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from irc.cli.models import load_model
+from irc.cli.models import load_model, served_name
 from irc.cli.programs import Model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: as here.")] = None,
     passes: Passes = None,
     target: Annotated[str, typer.Option("--target", "-t")] = "reference",
     draft: DraftOption = None,
@@ -69,7 +69,7 @@ def serve(
     compiled = _compiled(loaded, passes, target)
     serve_forever(
         Serving(
-            compiled, name=name or loaded.name, draft=draft_of(draft, draft_target or target),
+            compiled, name=name or served_name(model, loaded), draft=draft_of(draft, draft_target or target),
             memory_bytes=read_bytes(memory), max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
             max_requests=max_requests, max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key,
             folder=_folder(model),

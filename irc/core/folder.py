@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ GRAPH, WEIGHTS, INPUTS, MANIFEST = "graph.irc", "weights.safetensors", "inputs.s
 NUMBERS = (bool, int, float)
 
 
-def save(program: TypedGraph, folder: str | Path) -> None:
+def save(program: TypedGraph, folder: str | Path, *, beside: Mapping[str, str] | None = None) -> None:
     """Write the program as a folder. A program folder that is there already is replaced; anything else is not.
+
+    Args:
+        beside: texts by file name that are written with it. A folder that has those files is replaced too, whatever
+            else it holds.
 
     Raises:
         StorageError: weights without data, a target that is no program folder, or a full disk.
     """
-    folder = Path(folder)
-    prepare(folder)
+    folder, beside = Path(folder), beside or {}
+    prepare(folder, marks=beside)
     missing = [name for name, tensor in program.weights.items() if tensor.device.type == "meta"]
     if missing:
         raise StorageError(f"program {program.name} has no values for {len(missing)} weights (first: {missing[0]})")
@@ -52,6 +57,8 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         raise StorageError(f"cannot write {folder}: {error}") from error
     try:
         _write(program, aside)
+        for name, text in beside.items():
+            (aside / name).write_text(text, encoding="utf-8")
         _put_in_place(aside, folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {folder}: {error}") from error
@@ -59,15 +66,17 @@ def save(program: TypedGraph, folder: str | Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, *, marks: Collection[str] = ()) -> None:
     """Find out, before long work, that a program can be written there: nothing else is in the way.
+
+    A folder that holds the files `marks` is known to be one that was written before, and may be replaced.
 
     Raises:
         StorageError: it cannot.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StorageError(f"{folder} exists and is not a folder")
-    if folder.is_dir():
+    if folder.is_dir() and not (marks and all((folder / name).is_file() for name in marks)):
         strangers = sorted(p.name for p in folder.iterdir() if p.name not in (GRAPH, WEIGHTS, INPUTS, MANIFEST))
         if strangers:
             raise StorageError(f"{folder} holds other files ({', '.join(strangers[:5])}): choose another place")

@@ -19,6 +19,7 @@ from torch import Tensor
 from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.contract import Pass, Progress
 from irc.core.errors import OptionError, TargetError, nearest
+from irc.core.folder import require_place
 from irc.core.kv_cache import KVCache
 from irc.core.options import mismatch, option_types
 from irc.core.paged import StepInputs
@@ -115,6 +116,15 @@ class Artifact(abc.ABC):
     @abc.abstractmethod
     def save(self, path: str | Path) -> Path:
         """Write the artifact; nothing partial is left behind when that fails."""
+
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        """Find out, before any work, that `save` can write there: to a file, or into a folder that exists.
+
+        Raises:
+            StorageError: something else is there, or nothing can be written there.
+        """
+        require_place(path / path.name if path.is_dir() else path)
 
     @classmethod
     @abc.abstractmethod
@@ -238,6 +248,21 @@ class Target(abc.ABC):
     def default_passes(self, program: Program) -> list[Pass]:
         """The pipeline for `compile(passes=None)`."""
         return []
+
+    def check_place(self, path: str | Path) -> None:
+        """Find out, before any work, that an artifact can be saved there and is found again by its name.
+
+        Raises:
+            OptionError: the name is that of another kind of file.
+            StorageError: something else is there, or nothing can be written there.
+        """
+        place = Path(path)
+        if self.suffix and place.suffix != self.suffix and not place.is_dir():
+            raise OptionError(f"target {self.name!r} writes a {self.suffix} file, or into a folder; not {place}")
+        others = [name for name, target in registered_targets().items() if target.suffix == place.suffix != ""]
+        if not self.suffix and others:
+            raise OptionError(f"target {self.name!r} writes a folder: {place} is a name for target {others[0]!r}")
+        self.artifact_type.check_place(place)
 
     def load(self, path: str | Path, options: Options | None = None) -> Artifact:
         """Read an artifact that was saved."""

@@ -187,6 +187,11 @@ def _raise_if_broken(
     elif worst.position:
         lines.append(f"  largest difference at {list(worst.position)}; the inputs changed, so nodes are not compared")
     lines.append("  to find the rewrite that does it: irc bisect")
+    if not worst.problem:
+        limit = "max_kl" if worst.relative <= allowed else "rtol"
+        lines.append(
+            f'  if it is meant to: preserves=Preserves(kind="lossy", {limit}=…) of the pass or rule says by how much'
+        )
     raise NumericError("\n".join(lines), pass_name=one.name, node=node)
 
 

@@ -19,7 +19,7 @@ from irc.compiler import compile as compile_model
 from irc.core.program import Program
 from irc.core.target import get_target
 from irc.demo.evaluation import Quality, evaluate
-from irc.view.difference import diff
+from irc.view.difference import Difference, diff
 from irc.view.picture import draw
 
 _CACHE_LENGTH = 512
@@ -113,10 +113,10 @@ class Story:
             ids = torch.cat((ids, self.model(ids)[:, -1:].argmax(-1)), dim=1)
         return self.max_new_tokens / (time.perf_counter() - started)
 
-    def difference(self, label: str) -> Table:
+    def difference(self, label: str) -> Difference:
         """What the passes of one version did to the captured program, by meaning."""
         stages = self.versions[label].stages
-        return diff(stages["capture"], self.versions[label].program, names=("capture", label)).table()
+        return diff(stages["capture"], self.versions[label].program, names=("capture", label))
 
     def export_onnx(self, label: str, path: Path) -> str:
         """Write the version's step program as ONNX and hold it against ONNX Runtime at three lengths."""

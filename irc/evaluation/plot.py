@@ -22,9 +22,14 @@ _FONT = 8.5
 _FAR = 1.8
 _INK, _POINT, _REFERENCE = "#33373d", "#2f6fb3", "#c0562f"
 _LABELS = {
-    "perplexity": "perplexity (lower is better)", "accuracy": "accuracy", "kl": "KL divergence, nats",
-    "spearman": "Spearman correlation with the grades",
-}  # fmt: skip
+    "perplexity": "perplexity (lower is better)",
+    "accuracy": "accuracy (higher is better)",
+    "spearman": "Spearman correlation with the grades (higher is better)",
+    "kl": "KL divergence, nats (lower is better)",
+    "top1": "same first choice as the reference (higher is better)",
+    "rank": "rank correlation with the reference (higher is better)",
+    "drift": "mean change of a cosine (lower is better)",
+}
 
 
 def plot(comparison: Comparison, path: str | Path, *, metric: str | None = None, reference: str | None = None) -> Path:
@@ -57,7 +62,7 @@ def plot(comparison: Comparison, path: str | Path, *, metric: str | None = None,
     axes.margins(x=0.3, y=0.12)
     if base is not None:
         axes.plot(shown[0][1], base[0].metrics[chosen], alpha=0)  # so that the line is well inside the frame
-        axes.axhline(base[0].metrics[chosen], color=_REFERENCE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.axhline(base[0].metrics[chosen], color=_REFERENCE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
     axes.set_xlabel("weights, MB (as the formats need, scales included)", color=_INK)
     axes.set_ylabel(_LABELS.get(chosen, METRICS[chosen].title if chosen in METRICS else chosen), color=_INK)
     axes.set_title(comparison.results[0].data, color=_INK, fontsize=10, loc="left")
@@ -71,13 +76,9 @@ def plot(comparison: Comparison, path: str | Path, *, metric: str | None = None,
         y = _points(axes, 0.0, base[0].metrics[chosen])[1]
         taken.append((0, y - 1, 72 * figure.get_figwidth(), y + 1))
     if base is not None and far:
-        label = f"{base[0].name}, {base[1]:.1f} MB"
-        axes.annotate(
-            label, (0.99, base[0].metrics[chosen]), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", fontsize=_FONT, color=_REFERENCE,
-        )  # fmt: skip
-        right = axes.get_window_extent().x1 * 72 / figure.dpi
-        taken.append((right - _width(label), y, right, y + 14))
+        label = f"{base[0].name}: {base[1]:.1f} MB, beyond this scale"
+        places = [_points(axes, size, one.metrics[chosen]) for one, size in shown]
+        taken.append(_label_line(axes, label, base[0].metrics[chosen], places))
     _label_points(axes, [(one.name, size, one.metrics[chosen]) for one, size in shown], taken)
     aside = target.with_name(f".{target.name}.part")
     try:
@@ -100,6 +101,20 @@ def check_plot_path(path: Path) -> None:
         raise OptionError(f"{path.parent} is no folder to put {path.name} in")
 
 
+def _label_line(axes: Axes, label: str, value: float, points: Sequence[tuple[float, float]]) -> Box:
+    """The name of a horizontal line at an end of it, where no point lies under the text; gives the text's box."""
+    frame = axes.get_window_extent()
+    left, right = frame.x0 * 72 / axes.figure.dpi + 5, frame.x1 * 72 / axes.figure.dpi - 5
+    y, width = _points(axes, 0.0, value)[1], _width(label)
+    boxes = [(right - width, y, right, y + 14), (left, y, left + width, y + 14)]
+    dots = [(px - 4, py - 4, px + 4, py + 4) for px, py in points]
+    box = next((one for one in boxes if not _overlaps(one, dots)), boxes[0])
+    axes.annotate(
+        label, (box[0] / 72, (y + 3) / 72), xycoords=axes.figure.dpi_scale_trans, fontsize=_FONT, color=_REFERENCE
+    )
+    return box
+
+
 def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], taken: list[Box]) -> None:
     """Names beside the points, each at the nearest place that is free; a line leads to what had to go further."""
     frame = axes.get_window_extent()
@@ -115,10 +130,13 @@ def _label_points(axes: Axes, points: Sequence[tuple[str, float, float]], taken:
         free = [one for one in boxes if left <= one[2][0] and one[2][2] <= right and not _overlaps(one[2], taken)]
         dx, dy, box = (free or boxes)[0]
         taken.append(box)
-        line = {"arrowstyle": "-", "color": "#9aa0a8", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if dy else None
+        line = {
+            "arrowstyle": "-", "color": "#9aa0a8", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3,
+            "relpos": (float(dx < 0), 0.5),  # from the end of the name that is near the point
+        }  # fmt: skip
         axes.annotate(
             name, (x, y), xytext=(max(dx, -8), dy), textcoords="offset points", ha="left" if dx > 0 else "right",
-            va="center", fontsize=_FONT, color=_INK, arrowprops=line,
+            va="center", fontsize=_FONT, color=_INK, arrowprops=line if dy else None,
         )  # fmt: skip
 
 

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from irc.core.report import bytes_text
 from irc.evaluation.metrics import METRICS
+from irc.view.folding import fold
 
 _WIDTH = 140
+_MARGIN, _SHORTEST_NAME = 2, 10
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,32 @@ class Comparison:
     def __iter__(self) -> Any:
         return iter(self.results)
 
-    def table(self) -> Table:
-        """One row a model."""
-        first = self.results[0]
-        table = Table(title=f"on {first.data}", title_justify="left")
-        table.add_column("", no_wrap=True)
+    def table(self, width: int = _WIDTH) -> Table:
+        """One row a model; long names are folded, so that the figures fit into `width` characters."""
         names = list(dict.fromkeys(name for one in self.results for name in one.metrics))
         titles = [METRICS[name].title if name in METRICS else name for name in names]
-        for title in ("weights", "packed", "bits/weight", *titles, "time"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for one in self.results:
-            table.add_row(
-                one.name,
+        columns = ["weights", "packed", "bits/weight", *titles, "time"]
+        rows = [
+            [
                 "" if one.weight_bytes is None else bytes_text(one.weight_bytes),
                 "" if one.size_bytes is None else bytes_text(one.size_bytes),
                 "" if one.bits_per_weight is None else f"{one.bits_per_weight:.2f}",
                 *(_shown(name, one.metrics.get(name)) for name in names),
                 f"{one.seconds:.1f} s",
-            )
+            ]
+            for one in self.results
+        ]
+        figures = sum(max(map(len, cells)) + _MARGIN for cells in zip(columns, *rows, strict=True))
+        room = max(width - figures - 1, _SHORTEST_NAME)
+        table = Table(
+            title=f"on {self.results[0].data}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+            show_edge=False,
+        )  # fmt: skip
+        table.add_column("", no_wrap=True)
+        for title in columns:
+            table.add_column(title, justify="right", no_wrap=True)
+        for one, cells in zip(self.results, rows, strict=True):
+            table.add_row(Text(fold(one.name, room)), *cells)
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +116,7 @@ class Comparison:
         return {"data": self.results[0].data, "results": [one.to_json() for one in self.results]}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table()
+        yield self.table(options.max_width)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)

@@ -11,18 +11,23 @@ import itertools
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import torch.fx as fx
-from rich.console import Console
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from irc.core import provenance
 from irc.core.errors import OptionError
 from irc.core.program import Program, describe, is_size
+from irc.view.folding import fold
+
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """What changed between two stages. `str()` is a table for people.
+    """What changed between two stages; `str()` and rich print it as tables.
 
     Attributes:
         kept: number of operations that are the same in both.
@@ -61,36 +66,52 @@ class Difference:
     def is_empty(self) -> bool:
         return not (self.changes or self.weights or self.inputs)
 
-    def table(self) -> Table:
-        """A rich table: before and after side by side, with the number of places."""
-        table = Table(
-            title=f"{self.before_name} → {self.after_name}: {self.kept} operations kept", title_justify="left"
-        )
-        for column in ("before", "after", "places"):
-            table.add_column(column, overflow="fold")
-        for change in self.changes:
-            table.add_row(change.before or "·", change.after or "·", _places(change.places))
-        for title, lines in (("weights", self.weights), ("inputs", self.inputs)):
-            if lines:
-                table.add_section()
-            for old, new in _side_by_side(lines):
-                table.add_row(old, new, title)
-        return table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Tables as wide as the console, before and after side by side: operations, then weights, then inputs."""
+        if self.is_empty:
+            yield Text(f"{self.before_name} and {self.after_name} are the same: {self.kept} operations")
+            return
+        yield Text(f"{self.before_name} → {self.after_name}: {self.kept} operations kept")
+        operations = [(one.before or "·", one.after or "·", _places(one.places)) for one in self.changes]
+        width = options.max_width
+        for columns, rows in (
+            (("operations before", "after", "places"), operations),
+            (("weights before", "after"), list(_side_by_side(self.weights))),
+            (("inputs before", "after"), list(_side_by_side(self.inputs))),
+        ):
+            if rows:
+                yield ""
+                yield _table(columns, rows, width)
 
     def __str__(self) -> str:
-        if self.is_empty:
-            return f"{self.before_name} and {self.after_name} are the same: {self.kept} operations"
-        console = Console(width=120, color_system=None)
+        console = Console(width=_WIDTH, color_system=None)
         with console.capture() as captured:
-            console.print(self.table())
-        return captured.get()
+            console.print(self)
+        return captured.get().rstrip("\n")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """A table of equally wide columns, with names folded at their dots."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    each = (width - len(columns) + 1) // len(columns)
+    for column in columns:
+        table.add_column(Text(fold(column, each)), width=each, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(fold(cell, each)) for cell in row))
+    return table
 
 
 def _side_by_side(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """Removed lines in the left column beside added lines in the right one, then what changed."""
+    """Removed lines on the left, beside them what was added under their name; then the rest, and what changed."""
     split = [tuple(line.split(" → ", 1)) for line in lines]
     gone, new = [old for old, now in split if not now], [now for old, now in split if not old]
-    yield from itertools.zip_longest(gone, new, fillvalue="")
+    heirs = {old: [now for now in new if now.startswith(f"{old.split(' ')[0]}_")] for old in gone}
+    for old, found in heirs.items():
+        if found:
+            yield from itertools.zip_longest([old], found, fillvalue="")
+    inherited = {now for found in heirs.values() for now in found}
+    others = (now for now in new if now not in inherited)
+    yield from itertools.zip_longest((old for old in gone if not heirs[old]), others, fillvalue="")
     yield from ((old, now) for old, now in split if old and now)
 
 

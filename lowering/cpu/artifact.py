@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.folder import require_place
 from irc.core.kv_cache import KVCache
 from irc.core.paged import StepInputs
 from irc.core.program import Program
@@ -167,8 +168,7 @@ class CpuArtifact(Artifact):
         from irc.lowering.cpu.header import header_text
 
         target = Path(path)
-        if target.exists() and not (target / MANIFEST).is_file():
-            raise StorageError(f"{target} exists and is no cpu artifact: it is left alone")
+        self.check_place(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
@@ -188,6 +188,12 @@ class CpuArtifact(Artifact):
             shutil.rmtree(work, ignore_errors=True)
             raise
         return target
+
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        if path.exists() and not all((path / name).is_file() for name in (MANIFEST, SOURCE, WEIGHTS)):
+            raise StorageError(f"{path} exists and is no cpu artifact: it is left alone")
+        require_place(path)
 
     def _isas(self) -> Sequence[str]:
         return self.options.save_isas or (self.isa,)

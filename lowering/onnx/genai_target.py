@@ -77,8 +77,7 @@ class GenaiArtifact(OnnxArtifact):
 
     def save(self, path: str | Path) -> Path:
         target = Path(path)
-        if target.exists():
-            raise StorageError(f"{target} exists already: give a new folder")
+        self.check_place(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".irc-", dir=target.parent))
         try:
@@ -88,6 +87,12 @@ class GenaiArtifact(OnnxArtifact):
             shutil.rmtree(aside, ignore_errors=True)
             raise
         return target
+
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        if path.exists():
+            raise StorageError(f"{path} exists already: give a new folder")
+        super().check_place(path)
 
     @classmethod
     def load(cls, path: str | Path, options: Options | None = None) -> GenaiArtifact:

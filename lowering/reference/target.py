@@ -13,6 +13,7 @@ from torch import Tensor
 
 from irc.core.contract import Pass
 from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.folder import prepare, save
 from irc.core.kv_cache import KVCache
 from irc.core.paged import StepInputs
 from irc.core.program import Program
@@ -99,12 +100,14 @@ class ReferenceArtifact(Artifact):
         return value.to(self.device) if isinstance(value, Tensor) else value
 
     def save(self, path: str | Path) -> Path:
-        from irc.core.storage import save
+        """Write a program folder, and the options beside it. An artifact that is there already is replaced."""
+        entry = {"target": self.target, "options": asdict(self.options)}
+        save(self.program, path, beside={_OPTIONS_FILE: json.dumps(entry) + "\n"})
+        return Path(path)
 
-        folder = Path(path)
-        save(self.program, folder)
-        (folder / _OPTIONS_FILE).write_text(json.dumps({"target": self.target, "options": asdict(self.options)}) + "\n")
-        return folder
+    @classmethod
+    def check_place(cls, path: Path) -> None:
+        prepare(path, marks=[_OPTIONS_FILE])
 
     @classmethod
     def load(cls, path: str | Path, options: Options | None = None) -> ReferenceArtifact:

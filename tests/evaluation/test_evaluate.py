@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import irc
@@ -149,6 +150,20 @@ def test_progress_is_told() -> None:
     seen = []
     evaluate(steps.decoder(), steps.tokens(5), batch_size=2, progress=lambda *what: seen.append(what))
     assert seen == [("evaluating", n, 5) for n in (0, 2, 4, 5)]
+
+
+def test_long_names_leave_room_for_the_figures() -> None:
+    name = "demo, merge-qkv,merge-gate-up,quantize-weights{bits=8,group-size=32}"
+    found = compare({"f32": steps.decoder(), name: quantized()}, steps.tokens(), reference="f32")
+    console = Console(width=80, color_system=None)
+    with console.capture() as captured:
+        console.print(found)
+    assert "…" not in captured.get()
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    figures = str(compare({"f32": steps.decoder(), "int3": quantized()}, steps.tokens(), reference="f32"))
+    assert lines[4].split()[1:-2] == figures.splitlines()[-1].split()[1:-2]  # all but the time
+    assert name.replace(" ", "") in "".join(line[:11].strip() for line in lines[4:])
 
 
 def test_results_as_text_and_values() -> None:

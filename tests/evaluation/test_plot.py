@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from irc.core.errors import OptionError
 from irc.evaluation import Comparison, Evaluation
-from irc.evaluation.plot import plot
+from irc.evaluation.plot import _label_line, _points, plot
 
 RESULTS = Comparison(
     [
@@ -32,6 +34,16 @@ def test_every_variant_with_a_size_is_in_it(tmp_path: Path, monkeypatch: pytest.
     for word in ("f32", "int4 &lt;row&gt;", "KL divergence", "weights, MB"):
         assert word in text
     assert "a function" not in text
+
+
+def test_the_reference_is_named_where_no_point_lies(tmp_path: Path) -> None:
+    figure = Figure(figsize=(7, 4))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    right, left = (_label_line(axes, "f32: 15.2 MB", 0.5, [_points(axes, x, 0.5)]) for x in (0.1, 0.9))
+    assert left[2] < right[0]
 
 
 def test_bad_input(tmp_path: Path) -> None:

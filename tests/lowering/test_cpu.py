@@ -143,8 +143,10 @@ def test_damaged_artifacts(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"has no manifest\.json"):
         CPU.load(tmp_path / "nowhere")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(StorageError, match="left alone"):
-        lowered("cnn").save(tmp_path / "mine")
+    steps.cnn().save(tmp_path / "program")  # has a manifest.json too
+    for name in ("mine", "program"):
+        with pytest.raises(StorageError, match="left alone"):
+            lowered("cnn").save(tmp_path / name)
 
 
 def test_wrong_inputs_and_options() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
 from irc.core.artifact_check import check_artifact
-from irc.core.errors import NumericError, OptionError, TargetError
+from irc.core.errors import NumericError, OptionError, StorageError, TargetError
 from irc.core.target import (
     Concern,
     Coverage,
@@ -65,6 +66,24 @@ def test_two_targets_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two targets"):
         register_target(Other)
     assert isinstance(get_target("reference"), Target)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gguf", "onnx", "onnx-genai", "reference"])
+def test_places_are_judged_before_any_work(tmp_path: Path, name: str) -> None:
+    target = get_target(name)
+    target.check_place(tmp_path / f"model{target.suffix}")
+    target.check_place(tmp_path / "new" / f"model{target.suffix}")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="file is not a folder that can be written to"):
+        target.check_place(tmp_path / "file" / f"model{target.suffix}")
+    for other in {one.suffix for one in registered_targets().values()} - {target.suffix}:
+        with pytest.raises(OptionError, match=rf"target '{name}' writes a .*model{other}"):
+            target.check_place(tmp_path / f"model{other}")
+    if target.suffix:
+        target.check_place(tmp_path)
+    else:
+        with pytest.raises(StorageError, match=r"exists|holds other files"):
+            target.check_place(tmp_path)
 
 
 def test_refused_operations_are_listed_together() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from irc.core.contract import Pass, PassContext, PassResult
+from irc.core.contract import Pass, PassContext, PassResult, Preserves
 from irc.core.errors import IrcError, NumericError, OptionError, PassError, VerificationError
 from irc.core.manager import PassManager
 from irc.core.program import Program
@@ -248,7 +249,8 @@ pass 'square-to-pow' changed the numbers: output 0 differs by 9.0e+00 relative, 
     %add_1: f32[B, S, 8] = aten.add.Tensor(%pow_2, %add_0)
     %linear_2: f32[B, S, 8] = aten.linear(%add_1, @w2, @b2)
     %relu_2: f32[B, S, 8] = aten.relu(%linear_2)
-  to find the rewrite that does it: irc bisect"""
+  to find the rewrite that does it: irc bisect
+  if it is meant to: preserves=Preserves(kind="lossy", rtol=…) of the pass or rule says by how much"""
 
 
 def test_a_wrong_rewrite_is_named_with_its_node(program: Program) -> None:
@@ -302,6 +304,12 @@ def test_a_lossy_pass_is_held_to_its_metric(program: Program) -> None:
     assert row.top1 >= 0.8
     with pytest.raises(NumericError, match=r"pass 'round-weights' changed the numbers: output 0 .* is allowed"):
         PassManager([RoundWeights(steps=1)]).run(program)
+
+    class Stricter(RoundWeights):
+        preserves: ClassVar[Preserves] = Preserves(kind="lossy", rtol=0.3, max_kl=1e-9)
+
+    with pytest.raises(NumericError, match=r'if it is meant to: preserves=Preserves\(kind="lossy", max_kl=…\)'):
+        PassManager([Stricter()]).run(program)
 
 
 def test_half_types_may_round() -> None:
