@@ -86,6 +86,7 @@ def in_process(what: str, args: argparse.Namespace, folder: str) -> dict[str, fl
     command = [sys.executable, __file__, "--shape", args.shape, "--format", args.format,
                "--threads", str(args.threads), "--in-process", what, "--folder", folder]  # fmt: skip
     environment = {**os.environ, "IRC_CACHE": str(Path(folder) / "cache")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # imports of passes are counted: as from an installed package
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
     return found

@@ -15,7 +15,7 @@ from irc.compile_cache.entry import Kept
 from irc.compile_cache.lookup import look_up
 from irc.compiled import Compiled, holds_program, program_of
 from irc.core.calibration import CALIBRATION_KEY
-from irc.core.collection import walking_once
+from irc.core.collection import not_collecting, walking_once
 from irc.core.contract import PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.folder import require_place
@@ -95,17 +95,18 @@ def compile(
     lookup = None
     if cache is not None:
         require_place(Path(cache) / "entry")
-        lookup = look_up(
-            Path(cache), model, pipeline, chosen, settings,
-            {"observing passes": tuple(instruments), "a dump": dump_dir, "calibration": calibration,
-             "tuning": tune, "a value for passes": dict(pass_options or {})},
-            example_inputs=example_inputs, dynamic=dynamic, verify=verify, name=name,
-        )  # fmt: skip
-        if lookup.kept is not None:
-            try:
-                return _from_cache(lookup.kept, options, tokenizer, _end_tokens(model))
-            except StorageError as error:
-                lookup.reason = str(error)
+        with not_collecting():
+            lookup = look_up(
+                Path(cache), model, pipeline, chosen, settings,
+                {"observing passes": tuple(instruments), "a dump": dump_dir, "calibration": calibration,
+                 "tuning": tune, "a value for passes": dict(pass_options or {})},
+                example_inputs=example_inputs, dynamic=dynamic, verify=verify, name=name,
+            )  # fmt: skip
+            if lookup.kept is not None:
+                try:
+                    return _from_cache(lookup.kept, options, tokenizer, _end_tokens(model))
+                except StorageError as error:
+                    lookup.reason = str(error)
     if _bytes_of(model) >= _LARGE:
         for one in pipeline or []:
             one.get_ready()

@@ -27,6 +27,19 @@ def walking_once() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextlib.contextmanager
+def not_collecting() -> Iterator[None]:
+    """No collection during work of less than a second, which one walk of all that PyTorch loads would double."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _put_aside(phase: str, info: dict[str, Any]) -> None:
     if phase == "stop" and info["generation"] == 2:
         gc.freeze()
