@@ -14,6 +14,7 @@ from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.program import describe, dtype_from_name, dtype_name
+from irc.lowering.cpu.weights import large_memory
 
 SizeFunction = Callable[[Sequence[int]], Any]
 
@@ -156,10 +157,10 @@ class Library:
         self._object.irc_run(self._pool, values, given, made, self._weights_at, self._arena_at)
 
     def _reserve(self, values: int, sizes: tuple[int, ...]) -> None:
-        """An arena that is large enough for the sizes."""
+        """An arena that is large enough for the sizes, in huge pages: activations of a batch are many small ones."""
         needed = int(self._object.irc_arena_bytes(values, self.threads)) + 64
         if self._arena.numel() < needed:
-            self._arena = torch.empty(needed, dtype=torch.uint8)
+            self._arena = large_memory(needed)
         self._arena_at = (self._arena.data_ptr() + 63) // 64 * 64
         self._arena_sizes = sizes
 

@@ -64,8 +64,8 @@ class WeightBlock:
 def large_memory(num_bytes: int) -> Tensor:
     """u8[num_bytes] of zeros, in huge pages where the system has them.
 
-    A step reads all weights: with small pages, finding each page takes a tenth to a third of the time (measured under
-    virtualization, where a page is looked up twice).
+    A step reads all weights, and what it keeps between layers: with small pages, finding each page takes a tenth to a
+    third of the time (measured under virtualization, where a page is looked up twice).
     """
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

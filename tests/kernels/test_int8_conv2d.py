@@ -125,9 +125,9 @@ def _ending_function(name: str, problem: ConvProblem, zero: int, out: str, added
         f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, const uint8_t* packed,'
         f" {', '.join(f'int64_t {size}' for size in sizes)}, {out}* out,"
         " const void* added,"
-        " const float* factors, const float* offsets, float factor, float least, float most, int zero, bool relu) {\n"
+        " const float* factors, const float* offsets, float factor, float least, float most, int zero) {\n"
         f"    const irc::Requantize<{out}, {added}> epilogue{{out, {other}, factors, offsets, factor, least, most,"
-        f" {problem.out_channels}, zero, relu}};\n"
+        f" {problem.out_channels}, zero}};\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, 'epilogue')}    }};\n"
         "    pool(threads).run(body);\n}"
     )
@@ -165,7 +165,7 @@ def test_results_in_integers(ending_kernels: ctypes.CDLL, index: int) -> None:
         added.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])
     parts = sums * factors[:channels].double(), offsets[:channels].double(), added.double() * factor
     wanted, size = parts[0] + parts[1] + parts[2], sum(part.abs() for part in parts)
-    least, most = torch.iinfo(TORCH[out_type]).min, torch.iinfo(TORCH[out_type]).max
+    least, most = max(torch.iinfo(TORCH[out_type]).min, out_zero if relu else -128), torch.iinfo(TORCH[out_type]).max
     out = torch.zeros(sums.shape, dtype=TORCH[out_type])
     memory = _packed(problem, weight, torch.ones(channels), zero)
     given = x.to(DTYPES[problem.activation]).permute(0, 2, 3, 1).contiguous()
@@ -173,7 +173,7 @@ def test_results_in_integers(ending_kernels: ctypes.CDLL, index: int) -> None:
     numbers = [ctypes.c_float(number) for number in (factor, least - out_zero, most - out_zero)]
     getattr(ending_kernels, f"end{index}")(
         2, pointer(given), pointer(memory), *sizes, pointer(out), pointer(added), pointer(factors),
-        pointer(offsets), *numbers, out_zero, relu,
+        pointer(offsets), *numbers, out_zero,
     )  # fmt: skip
     real = wanted.clamp(min=0) if relu else wanted
     exact = (real.round() + out_zero).clamp(least, most).nan_to_num(nan=least)

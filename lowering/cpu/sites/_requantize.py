@@ -103,7 +103,7 @@ class Requantization:
         text = (
             f"irc::Requantize<{out}, {added}> epilogue{{out0, {'nullptr' if terms.added is None else 'in0'}, factors,"
             f" factors + {both.shape[1]}, added_factor, least, most,"
-            f" {len(factors)}, result_zero, relu}}"
+            f" {len(factors)}, result_zero}}"
         )
         given: list[tuple[str, Buffer | str]] = [(f"{out}* out0", call.write)]
         if terms.added is not None:
@@ -111,8 +111,8 @@ class Requantization:
         given += [
             ("const float* factors", f"reinterpret_cast<const float*>(arguments.weights + {at})"),
             ("float added_factor", f"{float(torch.tensor(added_factor, dtype=torch.float32))!r}f"),
-            ("float least", f"{self.low - self.zero}"), ("float most", f"{self.high - self.zero}"),
-            ("int result_zero", str(self.zero)), ("bool relu", str(self.relu and self.zero != self.low).lower()),
+            ("float least", f"{max(self.low - self.zero, 0) if self.relu else self.low - self.zero}"),
+            ("float most", f"{self.high - self.zero}"), ("int result_zero", str(self.zero)),
         ]  # fmt: skip
         parameters, arguments = zip(*given, strict=True)
         return PrintedEpilogue(text, parameters, arguments, (), takes_sums=True)

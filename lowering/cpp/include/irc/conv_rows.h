@@ -21,7 +21,8 @@
 //
 // The epilogue is called as epilogue(m, n0, n1, values): channels n0 to n1 (at most 128) of pixel m, soon after their last
 // tile, so that what it reads and writes overlaps with the arithmetic of the next. One that has `takes_sums` gets them
-// from the registers instead, as take<whole>(m, n, count, sums): channels n to n + 16 of pixel m, or the first `count`.
+// from the registers instead: take(m, n, sums) gets channels n to n + 16 P of pixel m as sums[P], take_last(m, n, count,
+// sums) the last `count` of its channels, at most 16.
 #pragma once
 
 #include <type_traits>
@@ -98,6 +99,7 @@ struct DenseRows {
     const Row* first_row;
     int64_t piece;
 
+    DenseRows view() const { return *this; }
     int64_t length(int64_t) const { return piece; }
     template <int H>
     struct Tile {
@@ -134,6 +136,27 @@ struct GatheredRows : DenseRows<typename Product::Row, Product::block + 16> {
             gather_window(shape, product.inputs, image, end, start, at.y, at.x, length, to);
             for (int64_t k = length; k < this->piece; ++k) to[k] = 0;
         }
+    }
+};
+
+// Rows in pieces of `piece` places, as tiles read them: rows[piece][row].
+template <class Row>
+struct RowPieces {
+    const Row* const (*rows)[gemm_rows];
+    int64_t pieces, piece;
+
+    int64_t length(int64_t) const { return piece; }
+    template <int H>
+    struct Tile {
+        const Row* x[H];
+        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
+    };
+    template <int H>
+    IRC_INLINE Tile<H> tile(int64_t p, int64_t first) const {
+        Tile<H> result;
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) result.x[m] = rows[p][first + m];
+        return result;
     }
 };
 
@@ -188,19 +211,7 @@ struct RowsInPlace {
             }
         }
     }
-    int64_t length(int64_t) const { return piece; }
-    template <int H>
-    struct Tile {
-        const Row* x[H];
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
-    };
-    template <int H>
-    Tile<H> tile(int64_t p, int64_t first) const {
-        Tile<H> result;
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) result.x[m] = rows[p][first + m];
-        return result;
-    }
+    RowPieces<Row> view() const { return {rows, pieces, piece}; }
 };
 
 // Whether an epilogue takes sums from the registers.
@@ -219,9 +230,8 @@ struct TileSums {
 
 // Rows [row, row + H) times P panels: totals [H][conv_group] += product, or = product; or finished sums to the epilogue.
 template <class Product, int H, int P, class Rows, class Epilogue>
-inline void conv_tile(const Product& product, const Rows& rows, int64_t row, const uint8_t* panel, int64_t panel_bytes,
-                      const TileSums<Product>& at, const Epilogue& given) {
-    const Epilogue epilogue = given;  // what lies elsewhere has to be read again after each store
+IRC_INLINE void conv_tile(const Product& product, const Rows& rows, int64_t row, const uint8_t* panel,
+                          int64_t panel_bytes, const TileSums<Product>& at, const Epilogue& epilogue) {
     typename Product::Sums sums[H][P];
     typename Product::Sum* totals = at.totals + row * conv_group;
 #pragma GCC unroll 16
@@ -235,23 +245,15 @@ inline void conv_tile(const Product& product, const Rows& rows, int64_t row, con
         product.template multiply<H, P>(tile, length, panel, panel_bytes, sums);
         panel += length / Product::step * Product::step_bytes;
     }
-    const auto each = [&](const auto& put) __attribute__((always_inline)) {
+    if constexpr (takes_sums<Epilogue>) {
+#pragma GCC unroll 16
+        for (int m = 0; m < H; ++m) epilogue.take(at.pixel + row + m, at.channel, sums[m]);
+    } else {
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m)
 #pragma GCC unroll 2
-            for (int p = 0; p < P; ++p) put(m, p);
-    };
-    if constexpr (!takes_sums<Epilogue>)
-        each([&](int m, int p) { store(totals + m * conv_group + 16 * p, sums[m][p]); });
-    else if (at.channel + 16 * P <= at.end)
-        each([&](int m, int p) __attribute__((always_inline)) {
-            epilogue.template take<true>(at.pixel + row + m, at.channel + 16 * p, 16, sums[m][p]);
-        });
-    else
-        each([&](int m, int p) __attribute__((always_inline)) {
-            const int64_t channel = at.channel + 16 * p;
-            epilogue.template take<false>(at.pixel + row + m, channel, min_of(16, at.end - channel), sums[m][p]);
-        });
+            for (int p = 0; p < P; ++p) store(totals + m * conv_group + 16 * p, sums[m][p]);
+    }
 }
 
 // Sums stay in memory.
@@ -262,7 +264,31 @@ inline void fetch_later(const uint8_t* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// All rows of a block times P panels of weights; after each tile done(first row, end).
+// Tiles of H rows from `begin` to `end` times P panels; after each tile done(first row, end). Tiles fetch `ahead` bytes each
+// from `next` on, which moves on.
+//
+// What all tiles need is copied: what lies elsewhere would have to be read again after each store of bytes. A tile of few
+// places takes half of its time between the products, so all of it is here, without calls.
+template <int H, int P, class Product, class Rows, class Epilogue, class Done>
+__attribute__((noinline)) void conv_tiles(const Product& given_product, const Rows& given_rows, int64_t begin, int64_t end,
+                                          const uint8_t* weights, int64_t panel_bytes, const TileSums<Product>& given_at,
+                                          const Epilogue& given_epilogue, const Done& done, const uint8_t*& next,
+                                          int64_t ahead) {
+    const Product product = given_product;
+    const Epilogue epilogue = given_epilogue;
+    const TileSums<Product> at = given_at;
+    const auto rows = given_rows.view();
+    const uint8_t* fetched = next;
+    for (int64_t row = begin; row < end; row += H) {
+        fetch_later(fetched, ahead);
+        fetched += ahead;
+        conv_tile<Product, H, P>(product, rows, row, weights, panel_bytes, at, epilogue);
+        done(row, row + H);
+    }
+    next = fetched;
+}
+
+// All rows of a block times P panels of weights.
 template <int P, class Product, class Rows, class Epilogue, class Done>
 inline void conv_panels(const Product& product, const Rows& rows, int64_t count, const uint8_t* panel,
                         int64_t panel_bytes, int64_t length, const TileSums<Product>& at, const Epilogue& epilogue,
@@ -274,16 +300,18 @@ inline void conv_panels(const Product& product, const Rows& rows, int64_t count,
     const uint8_t* next = panel + P * panel_bytes;
     const auto run = [&](int64_t begin, int64_t end, int64_t height) {
         with_height<Product::height>(height, [&](auto h) {
-            for (int64_t row = begin; row < end; row += h) {
-                fetch_later(next, ahead);
-                next += ahead;
-                conv_tile<Product, decltype(h)::value, P>(product, rows, row, weights, panel_bytes, at, epilogue);
-                done(row, row + h);
-            }
+            conv_tiles<decltype(h)::value, P>(product, rows, begin, end, weights, panel_bytes, at, epilogue, done, next,
+                                              ahead);
         });
     };
     if (higher > 0) run(0, higher, least + 1);
     run(higher, count, least);
+}
+
+// Channels [n, end) of pixel m to an epilogue that takes sums, from memory.
+template <class Product, class Epilogue>
+inline void take_part(const Epilogue& epilogue, int64_t m, int64_t n, int64_t end, const typename Product::Sum* sums) {
+    for (; n < end; n += 16, sums += 16) epilogue.take_last(m, n, min_of(16, end - n), Product::load_sums(sums));
 }
 
 // What a block of rows needs in memory: sums of all its columns, or of as many as the epilogue gets at once.
@@ -319,12 +347,16 @@ inline void conv_block(const ConvShape& shape, const Product& product, const Inp
                     else
                         conv_panels<Product::panels>(product, rows, count, panel, panel_bytes, length, at, sink, done);
                 };
-                const auto nothing = [](int64_t, int64_t) {};
                 if constexpr (takes_sums<std::remove_const_t<Epilogue>>) {
-                    if (last)
-                        pass(epilogue, nothing);
+                    // The last panel may have fewer columns: its sums take the way over memory.
+                    if (last && n + 16 * panels <= end)
+                        pass(epilogue, [](int64_t, int64_t) {});
                     else
-                        pass(KeepSums(), nothing);
+                        pass(KeepSums(), [&](int64_t begin_row, int64_t end_row) {
+                            if (!last) return;
+                            for (int64_t m = begin_row; m < end_row; ++m)
+                                take_part<Product>(epilogue, m0 + m, outputs + n, outputs + end, sums + m * conv_group + n - g);
+                        });
                 } else if (last && n + 16 * panels >= end) {
                     pass(KeepSums(), [&](int64_t begin_row, int64_t end_row) {
                         for (int64_t m = begin_row; m < end_row; ++m)
@@ -332,7 +364,7 @@ inline void conv_block(const ConvShape& shape, const Product& product, const Inp
                                      product.finish(sums + m * conv_group, outputs + g, outputs + end, memory.values));
                     });
                 } else {
-                    pass(KeepSums(), nothing);
+                    pass(KeepSums(), [](int64_t, int64_t) {});
                 }
             }
         }

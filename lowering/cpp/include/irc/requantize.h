@@ -31,6 +31,24 @@ IRC_INLINE void store_bytes(Out* to, f32x16 x, int zero) {
 #endif
 }
 
+// The same of 32.
+template <class Out>
+IRC_INLINE void store_bytes(Out* to, f32x16 first, f32x16 second, int zero) {
+#if defined(IRC_AVX2)
+    const __m256i moved = _mm256_set1_epi16(static_cast<int16_t>(zero));
+    const auto shorts = [&](f32x16 x) __attribute__((always_inline)) {
+        return _mm256_add_epi16(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), moved);
+    };
+    const __m256i low = shorts(first), high = shorts(second);  // 0-3, 8-11, 4-7, 12-15 each
+    const __m256i bytes = std::is_same_v<Out, uint8_t> ? _mm256_packus_epi16(low, high) : _mm256_packs_epi16(low, high);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+    store_bytes(to, first, zero);
+    store_bytes(to + 16, second, zero);
+#endif
+}
+
 // What nothing is added for.
 struct Nothing {};
 
@@ -43,32 +61,44 @@ struct Requantize {
     Out* out;
     const Added* added;
     const float *factors, *offsets;
-    float added_factor, least, most;  // of whole numbers, before `zero` is added
+    float added_factor, least, most;  // bounds of whole numbers, before `zero` is added; at least 0 behind a ReLU
     int64_t channels;
     int zero;
-    bool relu;  // needed where `least` is not 0
 
-    // Channels n to n + 16, or the first `count` of them, of pixel m.
-    template <bool whole>
-    IRC_INLINE void take(int64_t m, int64_t n, int64_t count, i32x16 sums) const {
-        f32x16 x = fma(to_float(sums), load(factors + n), load(offsets + n));
+    // Channels n to n + 16 P of pixel m.
+    template <int P>
+    IRC_INLINE void take(int64_t m, int64_t n, const i32x16 (&sums)[P]) const {
         const int64_t at = m * channels + n;
         __builtin_prefetch(out + at + rows_ahead * channels, 1);
-        if constexpr (!std::is_same_v<Added, Nothing>) {
-            __builtin_prefetch(added + at + rows_ahead * channels);
-            const f32x16 other = whole ? load(added + at) : load_part(added + at, count);
-            x = fma(other, set1(added_factor), x);
+        if constexpr (!std::is_same_v<Added, Nothing>) __builtin_prefetch(added + at + rows_ahead * channels);
+        f32x16 x[P];
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+            x[p] = scaled(n + 16 * p, sums[p]);
+            if constexpr (!std::is_same_v<Added, Nothing>)
+                x[p] = fma(load(added + at + 16 * p), set1(added_factor), x[p]);
+            x[p] = bounded(x[p]);
         }
-        if (relu) x = max(set1(0.0f), x);  // a NaN stays, and becomes the smallest integer
-        x = min(max(x, set1(least)), set1(most));
-        if (whole) {
-            store_bytes(out + at, x, zero);
-        } else {
-            Out all[16];
-            store_bytes(all, x, zero);
-            std::memcpy(out + at, all, static_cast<size_t>(count));
-        }
+        if constexpr (P == 2)
+            store_bytes(out + at, x[0], x[1], zero);
+        else
+            store_bytes(out + at, x[0], zero);
     }
+    // The last `count` channels, at most 16, from n on.
+    void take_last(int64_t m, int64_t n, int64_t count, i32x16 sums) const {
+        const int64_t at = m * channels + n;
+        f32x16 x = scaled(n, sums);
+        if constexpr (!std::is_same_v<Added, Nothing>) x = fma(load_part(added + at, count), set1(added_factor), x);
+        Out all[16];
+        store_bytes(all, bounded(x), zero);
+        std::memcpy(out + at, all, static_cast<size_t>(count));
+    }
+
+private:
+    IRC_INLINE f32x16 scaled(int64_t n, i32x16 sums) const {
+        return fma(to_float(sums), load(factors + n), load(offsets + n));
+    }
+    IRC_INLINE f32x16 bounded(f32x16 x) const { return min(max(x, set1(least)), set1(most)); }
 };
 
 IRC_END
