@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from irc.compile_cache.entry import Kept
 from irc.compile_cache.lookup import look_up
 from irc.compiled import Compiled, holds_program, program_of
@@ -27,6 +29,9 @@ from irc.core.storage import load as load_program
 from irc.core.target import Artifact, Target, get_target, read_options
 from irc.core.text import parse
 from irc.view.progress import shown_progress
+
+# Bytes of weights from which on passes prepare themselves while the model is captured.
+_LARGE = 1 << 28
 
 
 @walking_once()
@@ -101,6 +106,9 @@ def compile(
                 return _from_cache(lookup.kept, options, tokenizer, _end_tokens(model))
             except StorageError as error:
                 lookup.reason = str(error)
+    if _bytes_of(model) >= _LARGE:
+        for one in pipeline or []:
+            one.get_ready()
     started = time.perf_counter()
     program = _program(model, example_inputs, dynamic, name)
     capture_ms = (time.perf_counter() - started) * 1e3
@@ -175,6 +183,13 @@ def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) ->
     args, kwargs = _split(example_inputs)
     own.example_inputs = tuple(own.flatten_inputs(args, kwargs))
     return own
+
+
+def _bytes_of(model: Any) -> int:
+    """Of the weights, where that is known before the capture."""
+    if isinstance(model, Program):
+        return model.weight_bytes
+    return sum(p.nbytes for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
 
 
 def _with_tokenizer(target: Target, options: Mapping[str, Any] | None, tokenizer: Any) -> Mapping[str, Any] | None:

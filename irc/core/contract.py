@@ -164,6 +164,12 @@ class Pass:
         """Exact, unless the pass says otherwise: as a class variable, or here where its options decide."""
         return EXACT
 
+    def get_ready(self) -> None:
+        """Told when much work lies ahead (a large model is about to be captured): start what `run` will need.
+
+        What takes long belongs in a thread; `run` must give the same numbers without it.
+        """
+
     def requires(self, program: Program) -> list[str]:
         """Problems that keep the pass from running, all at once; empty when it may run."""
         return []

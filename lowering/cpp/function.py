@@ -43,8 +43,14 @@ class PrintedFunction:
     def text(self, name: str) -> str:
         """The whole function under a name."""
         comment = "".join(f"// {line}\n" for line in self.comment)
+        return f"{comment}{self._head(name)} {{\n{self.body}}}\n"
+
+    def declaration(self, name: str) -> str:
+        return f"{self._head(name)};\n"
+
+    def _head(self, name: str) -> str:
         parameters = [*self.parameters, *(f"int64_t {size.name}" for size in self.sizes)]
-        return f"{comment}void {name}(irc::Worker& worker, {', '.join(parameters)}) {{\n{self.body}}}\n"
+        return f"void {name}(irc::Worker& worker, {', '.join(parameters)})"
 
     def call(self, name: str, arguments: Sequence[str], worker: str = "worker") -> str:
         return f"{name}({worker}, {', '.join((*arguments, *(size.name for size in self.sizes)))});"

@@ -14,13 +14,14 @@ from irc.lowering.cpp.printer import print_kernel
 from irc.lowering.cpu.barriers import Private, Step, with_barriers
 from irc.lowering.cpu.memory import ALIGNMENT, Plan, touched
 from irc.lowering.cpu.sites.registry import print_template
+from irc.lowering.cpu.units import in_units, print_units
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.sites import Memory
 
-_INCLUDES = ("cmath", "cstring", "limits", "irc/isa.h", "irc/pool.h", "irc/pool_impl.h", "irc/elementwise.h")
+_INCLUDES = ("cmath", "cstring", "limits", "irc/isa.h", "irc/pool.h", "irc/elementwise.h")
 INTERFACE = """
 extern "C" {
 #define IRC_EXPORT __attribute__((visibility("default")))
@@ -66,13 +67,13 @@ class _Functions:
 
     names: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
-    texts: list[str] = field(default_factory=list)
+    printed: list[tuple[str, PrintedFunction]] = field(default_factory=list)
 
     def name_of(self, printed: PrintedFunction) -> str:
         if printed.key not in self.names:
-            name = _identifier(f"k{len(self.texts)}_{printed.name}", self.taken)
+            name = _identifier(f"k{len(self.printed)}_{printed.name}", self.taken)
             self.names[printed.key] = name
-            self.texts.append(printed.text(name))
+            self.printed.append((name, printed))
         return self.names[printed.key]
 
 
@@ -90,13 +91,12 @@ def print_program(
         share: innermost iterations of a kernel that a worker takes at least (None: as the kernel says).
     """
     private = private or Private()
-    functions, includes, scratch = _Functions(), list(_INCLUDES), list[str]()
+    functions, scratch = _Functions(), list[str]()
     pointers = _Pointers(program, schedule, plan, weights)
     steps: list[Step] = []
     for step in schedule.steps:
         writes, reads = touched(step)
         made = print_kernel(step, share) if isinstance(step, Kernel) else print_template(step, program, weights)
-        includes += [i for i in made.includes if i not in includes]
         scratch += [made.scratch] if made.scratch else []
         arguments = [pointers.argument(a) for a in made.arguments]
         worker = "own" if isinstance(step, Kernel) and step.name in private.kernels else "worker"
@@ -108,15 +108,12 @@ def print_program(
     if profile:
         for number, one in enumerate(steps):
             one.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
-        includes.append("irc/profile.h")
     lines, barriers, barriers_alone = with_barriers(steps, {pointers.place(b) for b in private.buffers})
     sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
     layout, total = _layout(plan, scratch, private)
-    text = "".join(f"#include {_include(i)}\n" for i in includes)
-    text += f"\nnamespace {{\n\n// Program {program.name}.\n\n"
+    text = "namespace {\n\n"
     text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile else ""
-    text += "\n".join(functions.texts)
-    text += "\nstruct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
+    text += "struct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
     text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
     unused = [f"    (void){name};" for name in dims]
     text += "int64_t arena_bytes(const int64_t* sizes, int workers) {\n" + "\n".join([*sizes, *unused, *layout])
@@ -128,8 +125,11 @@ def print_program(
     started = ["    times.start(worker.index);"] if profile else []
     text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *started, *lines])
     text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if profile else "")
+    head = "".join(f"#include {_include(i)}\n" for i in _INCLUDES) + f"\n// Program {program.name}.\n"
+    headers = ("irc/pool_impl.h", *(("irc/profile.h",) if profile else ()))
     parts = tuple(_part(step) for step in steps) if profile else ()
-    return SourceText(text, len(functions.texts), barriers, barriers_alone, parts)
+    whole = head + print_units(in_units(functions.printed), text, headers)
+    return SourceText(whole, len(functions.printed), barriers, barriers_alone, parts)
 
 
 def _part(step: Step) -> str:
@@ -255,7 +255,8 @@ _RESERVED = {
     "union", "enum", "const", "static", "template", "typename", "operator", "public", "private", "auto", "void",
     "true", "false", "signed", "unsigned", "register", "inline", "namespace", "using", "volatile", "step", "main",
     "exp", "log", "tanh", "erf", "sqrt", "floor", "ceil", "round", "pow", "abs", "sin", "cos", "gamma", "y0", "y1",
-    "j0", "j1", "irc", "std", "arena_bytes", "Arguments", "index", "div", "remainder", "trunc", "exp2", "log2",
+    "j0", "j1", "irc", "std", "program", "arena_bytes", "Arguments", "index", "div", "remainder", "trunc", "exp2",
+    "log2",
 }  # fmt: skip
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import sympy
+import torch
 import torch.fx as fx
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
-from irc.lowering.cpp.build import build, find_compiler, require_compiler
+from irc.lowering.cpp.build import Build, building, find_compiler, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
 from irc.lowering.cpu.barriers import Private, find_private
@@ -123,14 +126,32 @@ def _lower(program: Program, chosen: CpuOptions, made: _Made) -> CpuArtifact:
     manifest = _manifest(own, schedule, weights, notes)
     if chosen.profile:
         manifest["parts"] = list(printed.parts)
-    # The compiler runs while the weights are packed; the artifact finds what it built.
-    with ThreadPoolExecutor(1) as beside:
-        building = beside.submit(build, printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)
-        places = tuple((name, at, weights.sizes[name]) for name, at in weights.offsets.items())
+    places = tuple((name, at, weights.sizes[name]) for name, at in weights.offsets.items())
+    with _beside(building(printed.text, isa=choose_isa(chosen.isa), flags=chosen.flags)):
         if places not in made.blocks:
             made.blocks[places] = weights.bytes()
-        building.result()
     return CpuArtifact(manifest, printed.text, made.blocks[places], chosen, notes=notes, program=program)
+
+
+@contextlib.contextmanager
+def _beside(build: Build) -> Iterator[None]:
+    """Work while an object is built, which whoever needs it then finds.
+
+    The compilers have a processor each: PyTorch's threads wait for the last of them, and would wait for one that a
+    compiler keeps.
+    """
+    if build.place().is_file():
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - max(1, len(build.units))))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(build.make)
+            yield
+            made.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _printable_kinds(program: Program, options: CpuOptions) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from irc.core.formats import Format, Parts, QuantFormat, dequantize_tensor
+from irc.passes.quantize._compiled_rounding import quantize_rows, worst_error
 
 # Numbers a block: small enough for the blocks' temporaries to stay in the cache.
 BLOCK = 1 << 19
@@ -30,6 +31,8 @@ def round_to_nearest(
     if device.type == "meta":
         return stored, scale, zero_point
     weight = weight.detach()
+    if quantize_rows(weight, chosen, stored, scale, zero_point):
+        return stored, scale, zero_point
     step = max(1, BLOCK // width)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
@@ -72,6 +75,10 @@ def worst_group(
     num_groups = chosen.scale_shape((rows, width))[-1]
     # Rounding of the scale and of the result may come on top of the half step.
     slack = max(torch.finfo(scale.dtype).eps * chosen.high, 2 * torch.finfo(dtype).eps * chosen.high, 1e-5)
+    most = 0.5 + slack
+    quick = worst_error(weight.detach(), chosen, stored, scale, zero_point, dtype)
+    if quick is not None and quick <= most:
+        return None
     step_rows = max(1, BLOCK // width)
     worst: tuple[float, int, int] | None = None
     for start in range(0, rows, step_rows):
@@ -82,7 +89,7 @@ def worst_group(
         error = restored.float().sub_(original).abs_().unflatten(-1, (num_groups, -1)).amax(-1)
         steps = error / _natural_step(original, chosen, num_groups)
         value, index = steps.flatten().nan_to_num(nan=torch.inf).max(0)
-        if float(value) > 0.5 + slack and (worst is None or float(value) > worst[0]):
+        if float(value) > most and (worst is None or float(value) > worst[0]):
             worst = (float(value), start + int(index) // num_groups, int(index) % num_groups)
     return worst
 

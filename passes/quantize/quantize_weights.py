@@ -31,6 +31,7 @@ from irc.core.formats import (
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program, describe
 from irc.core.provenance import module_path, origin_of
+from irc.passes.quantize._compiled_rounding import start_building
 from irc.passes.quantize._round_to_nearest import round_to_nearest, worst_block, worst_group
 from irc.passes.quantize._rules import idle_rules, parse_rules, rule_for, rule_problems, wanted_format, why_not_weights
 from irc.passes.quantize._stored_weights import lossy_promise, write_stored_weight
@@ -136,6 +137,9 @@ class QuantizeWeights(Pass):
                     f"{repr('row') + ', ' if _in_rows(wanted) is not None else ''}'pad' or 'skip'"
                 )
         return problems
+
+    def get_ready(self) -> None:
+        start_building()
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         skips: list[Skip] = []
