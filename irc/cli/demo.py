@@ -23,7 +23,9 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for dumps, pictures and the ONNX file.")
     ] = Path("irc-demo"),
     prompt: Annotated[str, typer.Option(help="Text that the model goes on from.")] = _PROMPT,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 96,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the sample text.")
+    ] = 96,
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 256 tokens to measure perplexity on.")] = 48,
 ) -> None:
     """Capture, optimise, quantize, check, generate and export the shipped model; everything is computed now.

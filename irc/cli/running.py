@@ -70,10 +70,12 @@ def compile(
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to make.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among so many of the likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this probability.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
     passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,

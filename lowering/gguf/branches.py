@@ -110,7 +110,7 @@ class Reader:
             node, scale = scaled[0], scale * scaled[1]
         post_norm, node = self.norm(node)
         if not is_linear_like(node):
-            found = experts.read(self.program, node, self)
+            found = experts.read(self.program, node)
             if found is not None:
                 norm, reads = self.norm(found.reads)
                 return Branch(term, reads, norm, post_norm, scale, mlp=found.experts)

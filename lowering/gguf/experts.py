@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -25,9 +25,6 @@ from irc.lowering.gguf.trace import (
     trace,
 )
 
-if TYPE_CHECKING:
-    from irc.lowering.gguf.branches import Reader
-
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -39,7 +36,7 @@ class FoundExperts:
     reads: fx.Node
 
 
-def read(program: Program, node: fx.Node, reader: Reader) -> FoundExperts | None:
+def read(program: Program, node: fx.Node) -> FoundExperts | None:
     """The mixture that `node` is the result of, or None if it is none.
 
     Raises:

@@ -38,6 +38,22 @@ def isa_flags(isa: str) -> tuple[str, ...]:
     return ISA_FLAGS[detect_isa() if EMULATED else isa]
 
 
+def adding_rows(width: int | str) -> str:
+    """An epilogue in C++ that adds each row of results to the rows of `width` numbers at `out`."""
+    return (
+        "[&](int64_t m, int64_t n0, int64_t n1, const float* values) {"
+        f" for (int64_t n = n0; n < n1; ++n) out[m * {width} + n] += values[n - n0]; }}"
+    )
+
+
+def workers_function(name: str, parameters: str, call: str) -> str:
+    """A C function of `threads` and the parameters, in which every worker of a pool runs the call of a kernel."""
+    return (
+        f'extern "C" void {name}(int threads, {parameters}) {{\n'
+        f"    auto body = [&](irc::Worker& worker) {{\n{call}    }};\n    pool(threads).run(body);\n}}"
+    )
+
+
 @functools.cache
 def _folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"irc-kernel-tests-{os.getuid()}"

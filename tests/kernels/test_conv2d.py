@@ -13,7 +13,7 @@ from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import conv2d as template
 from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
-from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
+from tests.kernels.building import adding_rows, aligned, build, needs_compiler, pointer, runnable_isas, workers_function
 
 # (problem, height, width): one pixel, rows longer and shorter than a panel, more places and channels than a block, rows
 # read where they lie and gathered.
@@ -49,16 +49,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 def _function(name: str, problem: ConvProblem) -> str:
     sizes = ("batch", "height", "width", "out_height", "out_width")
     args = {key: key for key in ("worker", "x", "packed", "scratch", *sizes)}
-    epilogue = (
-        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{ for (int64_t n = n0; n < n1; ++n)"
-        f" out[m * {problem.out_channels} + n] += values[n - n0]; }}"
-    )
-    return (
-        f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, const uint8_t* packed,'
-        f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out, [[maybe_unused]] uint8_t* scratch)"
-        f" {{\n    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
-        "    pool(threads).run(body);\n}"
-    )
+    sizes_text = ", ".join(f"int64_t {size}" for size in sizes)
+    operands = f"const {C_TYPES[problem.activation]}* x, const uint8_t* packed"
+    parameters = f"{operands}, {sizes_text}, float* out, [[maybe_unused]] uint8_t* scratch"
+    return workers_function(name, parameters, template.call(problem, args, adding_rows(problem.out_channels)))
 
 
 @pytest.fixture(scope="module", params=runnable_isas())

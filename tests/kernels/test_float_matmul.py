@@ -12,7 +12,7 @@ from irc.core import formats
 from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import float_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
-from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
+from tests.kernels.building import adding_rows, aligned, build, needs_compiler, pointer, runnable_isas, workers_function
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # (weight, activation, N, K): odd sizes, a depth beyond one block of k, columns beyond one block of columns.
@@ -38,16 +38,9 @@ def _problem(case: tuple[str, str, int, int]) -> MatmulProblem:
 
 def _function(name: str, problem: MatmulProblem) -> str:
     args = {"worker": "worker", "x": "x", "stride": "stride", "packed": "packed", "scratch": "scratch"}
-    epilogue = (
-        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{"
-        f" for (int64_t n = n0; n < n1; ++n) out[m * {problem.columns} + n] += values[n - n0]; }}"
-    )
-    return (
-        f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, int64_t stride,'
-        f" const uint8_t* packed, int64_t rows, uint8_t* scratch, float* out) {{\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
-        "    pool(threads).run(body);\n}"
-    )
+    operands = f"const {C_TYPES[problem.activation]}* x, int64_t stride, const uint8_t* packed"
+    parameters = f"{operands}, int64_t rows, uint8_t* scratch, float* out"
+    return workers_function(name, parameters, template.call(problem, args, adding_rows(problem.columns)))
 
 
 @pytest.fixture(scope="module", params=runnable_isas())

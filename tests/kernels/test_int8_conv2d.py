@@ -10,7 +10,7 @@ import torch
 from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import int8_conv2d as template
 from irc.lowering.cpp.templates.conv2d import ConvProblem
-from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
+from tests.kernels.building import adding_rows, aligned, build, needs_compiler, pointer, runnable_isas, workers_function
 
 
 def _problem(channels: int, out_channels: int, kernel: tuple[int, int], **options: object) -> ConvProblem:
@@ -33,16 +33,9 @@ C_TYPES = {"u8": "uint8_t", "i8": "int8_t"}
 def _function(name: str, problem: ConvProblem, zero: int) -> str:
     sizes = ("batch", "height", "width", "out_height", "out_width")
     args = {key: key for key in ("worker", "x", "packed", "narrow", *sizes)} | {"zero": str(zero)}
-    epilogue = (
-        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{ for (int64_t n = n0; n < n1; ++n)"
-        f" out[m * {problem.out_channels} + n] += values[n - n0]; }}"
-    )
-    return (
-        f'extern "C" void {name}(int threads, const {C_TYPES[problem.activation]}* x, const uint8_t* packed,'
-        f" {', '.join(f'int64_t {size}' for size in sizes)}, bool narrow, float* out) {{\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
-        "    pool(threads).run(body);\n}"
-    )
+    sizes_text = ", ".join(f"int64_t {size}" for size in sizes)
+    parameters = f"const {C_TYPES[problem.activation]}* x, const uint8_t* packed, {sizes_text}, bool narrow, float* out"
+    return workers_function(name, parameters, template.call(problem, args, adding_rows(problem.out_channels)))
 
 
 def _packed(problem: ConvProblem, weight: torch.Tensor, scale: torch.Tensor, zero: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import max_pool2d as template
 from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
-from tests.kernels.building import build, needs_compiler, pointer, runnable_isas
+from tests.kernels.building import adding_rows, build, needs_compiler, pointer, runnable_isas, workers_function
 
 
 def _problem(channels: int, **options: object) -> ConvProblem:
@@ -31,16 +31,10 @@ TYPES = {**C_TYPES, "u8": "uint8_t", "i8": "int8_t"}
 
 def _function(name: str, problem: ConvProblem) -> str:
     sizes = ("batch", "height", "width", "out_height", "out_width")
-    epilogue = (
-        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{ for (int64_t n = n0; n < n1; ++n)"
-        f" out[m * {problem.channels} + n] += values[n - n0]; }}"
-    )
-    call = template.call(problem, {key: key for key in ("worker", "x", *sizes)}, epilogue)
-    return (
-        f'extern "C" void {name}(int threads, const {TYPES[problem.activation]}* x,'
-        f" {', '.join(f'int64_t {size}' for size in sizes)}, float* out) {{\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{call}    }};\n    pool(threads).run(body);\n}}"
-    )
+    call = template.call(problem, {key: key for key in ("worker", "x", *sizes)}, adding_rows(problem.channels))
+    sizes_text = ", ".join(f"int64_t {size}" for size in sizes)
+    parameters = f"const {TYPES[problem.activation]}* x, {sizes_text}, float* out"
+    return workers_function(name, parameters, call)
 
 
 @pytest.fixture(scope="module", params=runnable_isas())

@@ -12,7 +12,7 @@ from irc.core import formats
 from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import quantized_matmul as template
 from irc.lowering.cpp.templates.base import MatmulProblem
-from tests.kernels.building import aligned, build, needs_compiler, pointer, runnable_isas
+from tests.kernels.building import adding_rows, aligned, build, needs_compiler, pointer, runnable_isas, workers_function
 
 # (format, scale, N, K): every kind of layout, odd sizes, groups of one line and beyond a segment.
 CASES = (
@@ -52,16 +52,8 @@ def _problem(case: tuple[str, str, int, int], activation: str = "f32") -> Matmul
 def _function(name: str, problem: MatmulProblem) -> str:
     args = {"worker": "worker", "x": "x", "stride": "stride", "packed": "packed", "scratch": "scratch"}
     c_type = {"f32": "float", "bf16": "irc::bf16", "f16": "irc::f16"}[problem.activation]
-    epilogue = (
-        f"[&](int64_t m, int64_t n0, int64_t n1, const float* values) {{"
-        f" for (int64_t n = n0; n < n1; ++n) out[m * {problem.columns} + n] += values[n - n0]; }}"
-    )
-    return (
-        f'extern "C" void {name}(int threads, const {c_type}* x, int64_t stride, const uint8_t* packed, int64_t rows,'
-        f" uint8_t* scratch, float* out) {{\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
-        "    pool(threads).run(body);\n}"
-    )
+    parameters = f"const {c_type}* x, int64_t stride, const uint8_t* packed, int64_t rows, uint8_t* scratch, float* out"
+    return workers_function(name, parameters, template.call(problem, args, adding_rows(problem.columns)))
 
 
 @pytest.fixture(scope="module", params=runnable_isas())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from irc.core.program import Program
+from irc.core.program import VAL, Program
+from irc.core.provenance import module_path
 from irc.core.target import get_target
 from irc.demo.tinypy import TinyPy, TinyPyConfig
 from irc.frontend import capture
@@ -43,21 +45,37 @@ def printed(program: Program) -> list[tuple[str, tuple[str, ...], list[str]]]:
     return found
 
 
-def test_shared_names_give_the_source_of_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time that a program was scheduled: whether layers shared names."""
+    found: list[bool] = []
+    scheduler = fusion._Scheduler
+    monkeypatch.setattr(fusion, "_Scheduler", lambda p, m, n: found.append(bool(n)) or scheduler(p, m, n))
+    return found
+
+
+def test_shared_names_give_the_source_of_own_names(tried: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     program = layers(4)
     names = Names.of(program)
     nodes = list(program.operations())
     shared = [node for node in nodes if names.of_node(node) != node.name]
     assert len(shared) >= len(nodes) // 2  # two to three layers of four
     with_shared = printed(program)
+    assert tried == [True]  # no kernel had two nodes of one name
     monkeypatch.setattr(Names, "of", staticmethod(lambda program: Names()))
     assert with_shared == printed(program)
+    assert tried == [True, False]
 
 
-def test_numbers_of_alike_layers() -> None:
-    program = layers(3)
-    artifact = get_target("cpu").lower(program, {"threads": 2, "flags": ("-O1",), "templates": False})
-    artifact.verify(program).require()
+def test_alike_are_nodes_that_do_the_same_and_no_two_of_a_layer() -> None:
+    program = layers(4)
+    names = Names.of(program)
+    for node in program.operations():
+        other = program.node(names.of_node(node))
+        assert (node.target, node.meta[VAL].shape) == (other.target, other.meta[VAL].shape)
+    for layer in range(4):
+        own = [names.of_node(n) for n in program.operations() if module_path(n).startswith(f"layers.{layer}.")]
+        assert len(set(own)) == len(own) > 0
 
 
 class Chain(nn.Module):
@@ -69,7 +87,13 @@ class Chain(nn.Module):
         return x
 
 
-def test_nodes_of_one_name_in_one_kernel_keep_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_alike_layers() -> None:
+    program = layers(3)
+    artifact = get_target("cpu").lower(program, {"threads": 2, "flags": ("-O1",), "templates": False})
+    artifact.verify(program).require()
+
+
+def test_nodes_of_one_name_in_one_kernel_keep_their_own_names(tried: list[bool]) -> None:
     program = capture(Chain(), (torch.randn(3, 5),))
     names = Names.of(program)
     assert names
@@ -77,14 +101,20 @@ def test_nodes_of_one_name_in_one_kernel_keep_their_own_names(monkeypatch: pytes
     with pytest.raises(NamesMeet):
         names.meet(nodes)
     names.meet(nodes[:8])
-    found = printed(program)
-    given: list[bool] = []
-    scheduler = fusion._Scheduler
-    monkeypatch.setattr(fusion, "_Scheduler", lambda p, m, n: given.append(bool(n)) or scheduler(p, m, n))
-    assert found == printed(program)
-    assert given == [True, False]  # tried with shared names, done with their own
+    printed(program)
+    assert tried == [True, False]  # tried with shared names, done with their own
 
 
-def test_programs_without_layers_share_nothing() -> None:
-    program = capture(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), (torch.randn(2, 4),))
-    assert not Names.of(program)
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)],
+        # Again and again the same operations, on other sizes.
+        [module for width in range(4, 16) for module in (nn.Linear(width, width + 1), nn.ReLU())],
+        # What repeats is shorter than any layer; and one operation that comes again far behind.
+        [nn.ReLU(), nn.Sigmoid()] * 3,
+        [nn.Linear(a, b) for a, b in itertools.pairwise([*range(4, 12), 4, 5, *range(20, 30)])],
+    ],
+)
+def test_programs_without_layers_share_nothing(modules: list[nn.Module]) -> None:
+    assert not Names.of(capture(nn.Sequential(*modules).eval(), (torch.randn(2, 4),)))

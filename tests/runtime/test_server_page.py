@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -39,3 +42,46 @@ def test_names_are_text(name: str) -> None:
     page = render_page(name, generates=True, chat=True, key=True)
     assert name not in page
     assert "&lt;" in page
+
+
+SCRIPT = render_page("tiny", generates=True, chat=True, key=True).partition("<script>")[2]
+SENT: dict[str, Any] = {
+    "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5, "temperature": 0,
+    "messages": [{"role": "user", "content": "abc"}], "prompt": "abc",
+}  # fmt: skip
+ROUTES = {"/v1/chat/completions": ("prompt", "text"), "/v1/completions": ("messages", "delta")}
+"""What the script leaves out and does not read when it asks there."""
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_script_sends_and_reads_what_the_server_has(server: Running, route: str) -> None:
+    assert set(re.findall(r"'(/v1/[^']*)'", SCRIPT)) == set(ROUTES)
+    other_field, other_choice = ROUTES[route]
+    literal = re.search(r"const body = \{(.*?)\n  \};", SCRIPT, re.DOTALL)
+    assert literal is not None
+    fields = set(re.findall(r"(\w+):", literal[1])) - {"include_usage", other_field}  # the last is within an option
+    with httpx.stream("POST", server.url + route, json={name: SENT[name] for name in fields}) as answer:
+        assert answer.status_code == 200
+        *events, end = "".join(answer.iter_text()).split("\n\n")
+    assert end == ""
+    assert events.pop() == "data: [DONE]"
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events]
+
+    read = set(re.findall(r"\b((?:piece|choice)(?:\.\w+)+)", SCRIPT))
+    assert {"piece.choices", "piece.usage.completion_tokens", "choice.finish_reason"} < read
+    choices = [choice for piece in pieces for choice in piece["choices"]]
+    for path in read:
+        start, *names = path.split(".")
+        if names[0] != other_choice:
+            assert any(has(value, names) for value in (pieces if start == "piece" else choices)), path
+
+
+def has(value: Any, names: list[str]) -> bool:
+    return not names or (isinstance(value, dict) and names[0] in value and has(value[names[0]], names[1:]))
+
+
+def test_what_is_refused_says_why_where_the_script_looks(server: Running) -> None:
+    assert "said?.error?.message" in SCRIPT
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 0})
+    assert answer.status_code == 400
+    assert "max_tokens" in answer.json()["error"]["message"]
