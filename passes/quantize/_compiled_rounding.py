@@ -125,7 +125,10 @@ def _by_parts(rows: int, run: Callable[[slice], int | float]) -> list[int | floa
     threads = min(torch.get_num_threads(), rows)
     bounds = [rows * i // threads for i in range(threads + 1)]
     shares = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    if threads == 1:
-        return [run(shares[0])]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, shares))
+    return [run(shares[0])] if threads == 1 else list(_threads(threads).map(run, shares))
+
+
+@functools.lru_cache(1)
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Kept between calls: a model has hundreds of weights, and starting threads takes as long as a small one."""
+    return ThreadPoolExecutor(count, thread_name_prefix="irc-rounding")
