@@ -109,27 +109,36 @@ def print_program(
         for number, one in enumerate(steps):
             one.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
     lines, barriers, barriers_alone = with_barriers(steps, {pointers.place(b) for b in private.buffers})
-    sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
     layout, total = _layout(plan, scratch, private)
-    text = "namespace {\n\n"
-    text += f"irc::PartTimes<{len(steps)}> times;\n\n" if profile else ""
-    text += "struct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
-    text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
-    unused = [f"    (void){name};" for name in dims]
-    text += "int64_t arena_bytes(const int64_t* sizes, int workers) {\n" + "\n".join([*sizes, *unused, *layout])
-    text += f"\n    (void)sizes;\n    (void)workers;\n    return {total};\n}}\n\n"
-    text += "void step(irc::Worker& worker, const Arguments& arguments) {\n"
-    text += "    const int64_t* const sizes = arguments.sizes;\n"
-    text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
-    layout += _OWN_WORKER
-    started = ["    times.start(worker.index);"] if profile else []
-    text += "\n".join([*sizes, *unused, *layout, *pointers.declarations(), *started, *lines])
-    text += "\n}\n\n}  // namespace\n" + INTERFACE + (PROFILE_INTERFACE if profile else "")
+    text = _main_text(dims, layout, total, [*pointers.declarations(), *lines], len(steps) if profile else None)
     head = "".join(f"#include {_include(i)}\n" for i in _INCLUDES) + f"\n// Program {program.name}.\n"
     headers = ("irc/pool_impl.h", *(("irc/profile.h",) if profile else ()))
     parts = tuple(_part(step) for step in steps) if profile else ()
     whole = head + print_units(in_units(functions.printed), text, headers)
     return SourceText(whole, len(functions.printed), barriers, barriers_alone, parts)
+
+
+def _main_text(dims: Mapping[str, int], layout: list[str], total: str, lines: list[str], timed: int | None) -> str:
+    """The arena's size, the step, and the interface in C.
+
+    Args:
+        layout, total: declarations of the slots, and the arena's size.
+        lines: of the step, behind the slots.
+        timed: parts whose time is measured; None: none.
+    """
+    sizes = [f"    const int64_t {name} = sizes[{place}];" for name, place in dims.items()]
+    sizes += [f"    (void){name};" for name in dims]
+    started = [] if timed is None else ["    times.start(worker.index);"]
+    text = "namespace {\n\n" + ("" if timed is None else f"irc::PartTimes<{timed}> times;\n\n")
+    text += "struct Arguments {\n    const int64_t* sizes;\n    void* const* inputs;\n    void* const* outputs;\n"
+    text += "    const uint8_t* weights;\n    uint8_t* arena;\n};\n\n"
+    text += "int64_t arena_bytes(const int64_t* sizes, int workers) {\n" + "\n".join([*sizes, *layout])
+    text += f"\n    (void)sizes;\n    (void)workers;\n    return {total};\n}}\n\n"
+    text += "void step(irc::Worker& worker, const Arguments& arguments) {\n"
+    text += "    const int64_t* const sizes = arguments.sizes;\n"
+    text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
+    text += "\n".join([*sizes, *layout, *_OWN_WORKER, *started, *lines])
+    return text + "\n}\n\n}  // namespace\n" + INTERFACE + ("" if timed is None else PROFILE_INTERFACE)
 
 
 def _part(step: Step) -> str:

@@ -16,9 +16,15 @@ import torch
 import torch.fx as fx
 
 from irc.core import formats
-from irc.core.operands import input_node, int_argument, list_argument
 from irc.core.program import VAL, is_size
 from irc.passes.attention._per_position import Layout, Refusal, Rule, Token, Walk
+from irc.passes.attention._per_position_indexing import (
+    embedding_rule,
+    gather_rule,
+    index_add_rule,
+    index_rule,
+    schema_name,
+)
 
 
 def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -136,7 +142,7 @@ def _is_whole(size: sympy.Expr, walk: Walk) -> bool:
 def _matmul(walk: Walk, node: fx.Node) -> Layout:
     """Products that contract the last dimension of one operand with the last or second-last of another."""
     operands = [a for a in node.args if isinstance(a, fx.Node) and not is_size(a)]
-    name = _op_name(node)
+    name = schema_name(node)
     addend = operands.pop(0) if name in ("aten::addmm", "aten::baddbmm") else None
     left, right = operands[0], operands[1]
     contracted = [(left, -1), (right, -1 if name == "aten::linear" or len(walk.shape(right)) == 1 else -2)]
@@ -160,82 +166,6 @@ def _matmul(walk: Walk, node: fx.Node) -> Layout:
         if extra is not None and Token(extra.dim + rank - len(walk.shape(addend)), extra.inner) != token:
             raise Refusal("adds a bias of another token layout")
     return token
-
-
-def _embedding(walk: Walk, node: fx.Node) -> Token | None:
-    if walk.layout(node.args[0]) is not None:
-        raise Refusal("looks up in a table that depends on the position")
-    return walk.layout(node.args[1])
-
-
-def _index(walk: Walk, node: fx.Node) -> Token | None:
-    """x[i, j, …] with integer tensors: weights looked up by data, or tokens repeated in order."""
-    source, indices = node.args[0], list_argument(node, 1)
-    if isinstance(indices, list) and _op_name(node) == "aten::index_select":
-        indices = [None] * (int_argument(node, 1) % len(walk.shape(source))) + [node.args[2]]
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if any(index.meta[VAL].dtype == torch.bool for _, index in given):
-        raise Refusal("selects by a boolean mask: the number of results depends on the data")
-    rank = max(len(index.meta[VAL].shape) for _, index in given)
-    consecutive = [dim for dim, _ in given] == list(range(given[0][0], given[0][0] + len(given)))
-    place = given[0][0] if consecutive else 0
-    token = walk.layout(source)
-    if token is None or token.dim not in dict(given):
-        return _index_elsewhere(walk, node, token, given, place, rank)
-    index = dict(given)[token.dim]
-    repeats = walk.identity(index, walk.shape(source)[token.dim]) if index not in walk.data else None
-    if repeats is None:
-        raise Refusal(f"picks tokens along {walk.sequence.name} by {index.name}, which may mix positions")
-    own = walk.token_dims(index.meta[VAL])
-    result = Token(place + own[0] + rank - len(index.meta[VAL].shape), token.inner * repeats)
-    for _, other in given:
-        extra = walk.layout(other, result.inner) if other is not index else None
-        if extra is not None and Token(place + extra.dim + rank - len(walk.shape(other)), extra.inner) != result:
-            raise Refusal("pairs positions with positions")
-    return result
-
-
-def _index_elsewhere(
-    walk: Walk, node: fx.Node, token: Token | None, given: list[tuple[int, fx.Node]], place: int, rank: int
-) -> Token | None:
-    found = walk.layouts_of([index for _, index in given])
-    if token is not None:
-        for dim, _ in given:
-            mixed = walk.mixes(walk.shape(node.args[0])[dim])
-            if mixed is not None:
-                raise Refusal(f"indexes {mixed}")
-        if found:
-            raise Refusal("pairs positions with positions")
-        dims = walk.token_dims(node.meta[VAL])
-        return Token(dims[0], token.inner) if dims else None
-    tokens = {Token(place + t.dim + rank - len(walk.shape(n)), t.inner) for n, t in found.items()}
-    if len(tokens) > 1:
-        raise Refusal("pairs positions with positions")
-    return next(iter(tokens), None)
-
-
-def _gather(walk: Walk, node: fx.Node) -> Token | None:
-    """gather and scatter along a dimension that holds no positions; all operands share one layout."""
-    sizes = walk.shape(node.args[0])
-    mixed = walk.mixes(sizes[int_argument(node, 1) % len(sizes)])
-    if mixed is not None:
-        raise Refusal(f"gathers or scatters along {mixed}")
-    tokens = set(walk.layouts_of(node.args).values())
-    if len(tokens) > 1:
-        raise Refusal("pairs positions with positions")
-    return next(iter(tokens), None)
-
-
-def _index_add(walk: Walk, node: fx.Node) -> Token | None:
-    """x[i // k] += source[i]: the k parts of a token are summed (experts)."""
-    target, index, source = input_node(node), input_node(node, 2), input_node(node, 3)
-    dim = int_argument(node, 1) % len(walk.shape(target))
-    token = walk.layout(source)
-    walk.layout(target)
-    repeats = walk.identity(index, walk.shape(target)[dim]) if index not in walk.data else None
-    if token is None or repeats is None or token.dim != dim:
-        raise Refusal(f"adds tokens up by {index.name}, which may mix positions")
-    return Token(dim, sympy.cancel(token.inner / repeats))
 
 
 def _repeat_interleave(walk: Walk, node: fx.Node) -> Token | None:
@@ -285,7 +215,7 @@ def _quantization(walk: Walk, node: fx.Node) -> Layout:
     """Quantize and dequantize work along groups of the last dimension; with one stored scale, on each number."""
     chosen = formats.parse(str(node.kwargs["format"]))
     if chosen.per_tensor:
-        if _op_name(node) == "irc::dynamic_scale":
+        if schema_name(node) == "irc::dynamic_scale":
             raise Refusal("computes one scale from all tokens")
         if chosen.row_multiple == 1:
             return walk.layout(node.args[0])
@@ -335,15 +265,15 @@ _RULES: dict[str, Rule] = {
     **{f"aten::{n}": _matmul for n in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")},
     **{f"aten::{n}": _uniform for n in ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
                                         "new_ones", "new_full", "new_empty")},
-    **{f"aten::{n}": _gather for n in ("gather", "scatter", "scatter_add", "scatter_reduce", "take_along_dim")},
+    **{f"aten::{n}": gather_rule for n in ("gather", "scatter", "scatter_add", "scatter_reduce", "take_along_dim")},
     **{f"aten::{n}": _pointwise for n in _POINTWISE},
     "aten::slice_scatter": _scatter_along,
     "aten::select_scatter": _scatter_along,
     "aten::slice": _slice,
-    "aten::embedding": _embedding,
-    "aten::index": _index,
-    "aten::index_select": _index,
-    "aten::index_add": _index_add,
+    "aten::embedding": embedding_rule,
+    "aten::index": index_rule,
+    "aten::index_select": index_rule,
+    "aten::index_add": index_add_rule,
     "aten::repeat_interleave": _repeat_interleave,
     "aten::tril": _along(lambda node: [-1, -2], "masks"),
     "aten::triu": _along(lambda node: [-1, -2], "masks"),
@@ -357,10 +287,6 @@ _RULES: dict[str, Rule] = {
     "irc::attention": _attention,
     "irc::flash_attention": _attention,
 }  # fmt: skip
-
-
-def _op_name(node: fx.Node) -> str:
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def rule_for(node: fx.Node) -> Rule:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import (
-    CeilToInt,
-    FloatTrueDiv,
-    FloorDiv,
-    FloorToInt,
-    IntTrueDiv,
-    Max,
-    Min,
-    OpaqueUnaryFn_sqrt,
-    PythonMod,
-    RoundToInt,
-    ToFloat,
-    TruncToInt,
-    Where,
-)  # fmt: skip
 
 from irc.core.dims import dim_symbol
 from irc.core.errors import ParseError, nearest
 from irc.core.listing.values import CONSTANTS, DTYPES
+from irc.core.text.arithmetic import CALLS, COMPARISONS, is_symbolic, times
 from irc.core.text.lexer import MAX_DIGITS, Lexer, Token, unquoted
 
 MAX_DEPTH = 24
@@ -35,19 +20,6 @@ MAX_OPERATORS = 64
 MAX_ITEMS = 65536
 MAX_POWER = 4
 _LIMIT = 1 << 63
-
-_COMPARISONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "<": (operator.lt, sympy.StrictLessThan),
-    "<=": (operator.le, sympy.LessThan),
-    ">": (operator.gt, sympy.StrictGreaterThan),
-    ">=": (operator.ge, sympy.GreaterThan),
-    "==": (operator.eq, sympy.Equality),
-    "!=": (operator.ne, sympy.Unequality),
-}
-_CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
-    "max": (2, Max), "min": (2, Min), "float": (1, ToFloat), "trunc": (1, TruncToInt), "floor": (1, FloorToInt),
-    "ceil": (1, CeilToInt), "round": (1, RoundToInt), "sqrt": (1, OpaqueUnaryFn_sqrt), "where": (3, Where),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -263,10 +235,10 @@ class Reader:
 
     def _compare(self) -> Any:
         value = self._add()
-        if self.token.kind == "mark" and self.token.text in _COMPARISONS:
-            plain, symbolic = _COMPARISONS[self._count().text]
+        if self.token.kind == "mark" and self.token.text in COMPARISONS:
+            plain, symbolic = COMPARISONS[self._count().text]
             other = self._add()
-            return (symbolic if _symbolic(value, other) else plain)(value, other)
+            return (symbolic if is_symbolic(value, other) else plain)(value, other)
         return value
 
     def _add(self) -> Any:
@@ -281,7 +253,7 @@ class Reader:
         value = self._unary()
         while self.token.kind == "mark" and self.token.text in ("*", "//", "/", "%"):
             sign = self._count()
-            value = self._bounded(_times(sign.text, value, self._unary()), sign)
+            value = self._bounded(times(sign.text, value, self._unary()), sign)
         return value
 
     def _unary(self) -> Any:
@@ -315,7 +287,7 @@ class Reader:
             return CONSTANTS[token.text]
         if token.text in DTYPES:
             return DTYPES[token.text]
-        if token.text in _CALLS and self.at("("):
+        if token.text in CALLS and self.at("("):
             return self._call(token)
         if "." in token.text:
             raise self.error(f"unknown name {token.text!r}", token)
@@ -326,7 +298,7 @@ class Reader:
         self._operators += 1
         self.expect("(")
         arguments = self.nested(lambda: self.items(")", self._or))
-        count, function = _CALLS[token.text]
+        count, function = CALLS[token.text]
         if len(arguments) != count and not (token.text in ("max", "min") and 2 <= len(arguments) <= 16):
             raise self.error(f"{token.text} takes {count} arguments, got {len(arguments)}", token)
         return self._bounded(function(*map(sympy.sympify, arguments)), token)
@@ -364,21 +336,3 @@ class Reader:
         key: str | int = self.string() if self.token.kind == "string" else self.natural()
         self.expect(":")
         return key, self.structure()
-
-
-def _symbolic(*values: Any) -> bool:
-    return any(isinstance(v, sympy.Basic) for v in values)
-
-
-def _times(sign: str, a: Any, b: Any) -> Any:
-    """`a * b`, `a // b`, `a / b` or `a % b`, by the functions that PyTorch's symbolic sizes are made of."""
-    if sign == "*":
-        return a * b
-    if not _symbolic(a, b):
-        return {"//": operator.floordiv, "/": operator.truediv, "%": operator.mod}[sign](a, b)
-    a, b = sympy.sympify(a), sympy.sympify(b)
-    if sign == "//":
-        return FloorDiv(a, b)
-    if sign == "%":
-        return PythonMod(a, b)
-    return IntTrueDiv(a, b) if a.is_integer and b.is_integer else FloatTrueDiv(a, b)

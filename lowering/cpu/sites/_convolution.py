@@ -17,7 +17,7 @@ from irc.lowering.cpp.templates.conv2d import ROWS_AHEAD, ConvProblem
 from irc.lowering.cpu.sites._linear import function, matmul_body
 from irc.lowering.kernels.definitions import At, Call, Definer, apply, convert, settle
 from irc.lowering.kernels.ops.pointwise import activation
-from irc.lowering.kernels.ops.reductions import pairs
+from irc.lowering.kernels.ops.windows import pairs
 from irc.lowering.kernels.sites import Finish, TemplateCall
 from irc.lowering.kernels.values import Value
 

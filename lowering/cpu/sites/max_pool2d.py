@@ -23,7 +23,7 @@ from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import At, Call, Definer, apply, convert, settle
 from irc.lowering.kernels.indexing import ZERO
-from irc.lowering.kernels.ops.reductions import pairs
+from irc.lowering.kernels.ops.windows import pairs
 from irc.lowering.kernels.sites import Site, TemplateCall
 from irc.lowering.kernels.values import Value
 

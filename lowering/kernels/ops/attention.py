@@ -11,7 +11,7 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from irc.lowering.kernels.definitions import At, Call, apply, convert, defines, literal, settle
-from irc.lowering.kernels.ops.reductions import guarded
+from irc.lowering.kernels.ops.windows import guarded
 from irc.lowering.kernels.values import Value
 
 Element = Callable[[sympy.Expr, sympy.Expr], Value]  # (key index t, channel) → element
