@@ -34,7 +34,7 @@ from irc.lowering.cpp.templates import attention, conv2d, float_matmul, quantize
 from irc.lowering.cpp.templates.attention import AttentionProblem
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpp.templates.conv2d import ConvProblem
-from irc.lowering.cpu.weights import large_memory
+from irc.core.memory import large_memory
 
 # (name, rows of the weight, depth): the fused layers of the 1.1B and the 135M shape.
 LAYERS = (
