@@ -20,8 +20,8 @@ from irc.core.contract import Pass, PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.folder import require_place
 from irc.core.instruments import Instrument
-from irc.core.memory import ahead
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
+from irc.core.memory import ahead
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Row

@@ -1,9 +1,9 @@
 """Large blocks of memory for weights, which a thread can have found before they are needed.
 
-The first touch of a page makes the system look for it and clear it: 0.2 seconds for each GB of huge pages, 0.7 for small
-ones, and 4 on a virtual machine that has to ask its host. A compilation of a large model needs GBs for what it makes of
-the weights, first of all while compilers have the processors; and it starts with the capture, which keeps one processor
-busy. In between, a thread asks for pages.
+The first touch of a page makes the system look for it and clear it: 0.2 seconds for each GB of huge pages, 0.7 for
+small ones, and 4 on a virtual machine that has to ask its host. A compilation of a large model needs GBs for what it
+makes of the weights, most of it while compilers have the processors; and it starts with the capture, which keeps one
+processor busy. Then a thread asks for pages.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ class Target(abc.ABC):
         """As `check`, for targets whose options change what they have kernels for."""
         return self.check(program)
 
-    def get_ready(self, num_bytes: int, options: Options | None) -> None:
+    def get_ready(self, num_bytes: int, options: Options | None) -> None:  # noqa: B027 (nothing, by default)
         """Told when a large model is about to be captured: start what `lower` will need, as `Pass.get_ready` does.
 
         Args:

@@ -185,10 +185,10 @@ class Precompiled:
         command = [require_compiler(), *_options(self.isa, self.flags), "-x", "c++-header", "-o", f"{begun}.gch",
                    str(self.header)]  # fmt: skip
         script = 'to=$1; from=$2; shift 2; nice "$@" && mv "$from" "$to"'
-        _started.append(subprocess.Popen(
-            ["/bin/sh", "-c", script, "sh", str(made), f"{begun}.gch", *command],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        ))  # fmt: skip
+        # Not by `subprocess`, which minds that nobody waits for it.
+        nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+        os.posix_spawn("/bin/sh", ["/bin/sh", "-c", script, "sh", str(made), f"{begun}.gch", *command], os.environ,
+                       file_actions=nothing)  # fmt: skip
 
     def _place(self) -> Path | None:
         compiler = find_compiler()
@@ -196,10 +196,6 @@ class Precompiled:
             return None
         key = _key([self.version, str(self.header), *_options(self.isa, self.flags)])
         return cache_folder() / "cpp" / f"{_PRECOMPILED}{key}"
-
-
-# Kept so that nobody complains of a process that is still at work when Python ends.
-_started: list[subprocess.Popen[bytes]] = []
 
 
 def _options(isa: str, flags: Sequence[str]) -> list[str]:

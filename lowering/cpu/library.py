@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
-from irc.core.program import describe, dtype_from_name, dtype_name
 from irc.core.memory import large_memory
+from irc.core.program import describe, dtype_from_name, dtype_name
 
 SizeFunction = Callable[[Sequence[int]], Any]
 
