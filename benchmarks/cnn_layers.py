@@ -113,7 +113,11 @@ def main() -> None:
     rows = measure(compiled, x, 1 if args.quick else args.rounds)
     show(rows, f"{args.model} {args.format}, batch {args.batch}, {args.threads} threads")
     if args.json:
-        print(json.dumps({"model": args.model, "format": args.format, "batch": args.batch, "threads": args.threads, "rows": rows}))
+        print(
+            json.dumps(
+                {"model": args.model, "format": args.format, "batch": args.batch, "threads": args.threads, "rows": rows}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""CNNs and an encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO, with random weights: ResNet-50, BERT-base,
-MobileNetV2 and EfficientNet-B0 (whose convolutions are mostly depthwise).
+"""CNNs and an encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50, BERT-base, MobileNetV2 and
+EfficientNet-B0 (both with depthwise convolutions), random weights.
 
     python benchmarks/cpu_models.py                                        # f32, batch 1 and 8
     python benchmarks/cpu_models.py --model resnet50 --format int8 --batch 1

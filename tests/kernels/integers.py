@@ -88,7 +88,7 @@ def check_sums(template: ModuleType, kernel: object, case: Case, seed: int, leas
 
 @dataclass(frozen=True)
 class Ending:
-    """A case whose results are integers: types in C++ of the result and of what is added, and the result's zero point."""
+    """A case whose results are integers: types in C++ of these and of what is added, and their zero point."""
 
     case: Case
     out: str
@@ -108,8 +108,8 @@ def ending_function(template: ModuleType, name: str, ending: Ending) -> str:
         f" {', '.join(f'int64_t {size}' for size in _SIZES)}, {ending.out}* out,"
         " [[maybe_unused]] const void* added,"
         " const float* factors, const float* offsets, float factor, float least, float most, int zero) {\n"
-        f"    const irc::Requantize<{ending.out}, {ending.added}> epilogue{{out, {other}, factors, offsets, factor, least,"
-        f" most, {problem.out_channels}, zero}};\n"
+        f"    const irc::Requantize<{ending.out}, {ending.added}> epilogue{{out, {other}, factors, offsets, factor,"
+        f" least, most, {problem.out_channels}, zero}};\n"
         f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, 'epilogue')}    }};\n"
         "    pool(threads).run(body);\n}"
     )

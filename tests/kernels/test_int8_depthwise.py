@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from irc.core.errors import TargetError
-from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpp.templates import int8_depthwise as template
+from irc.lowering.cpp.templates.conv2d import ConvProblem
 from tests.kernels.building import build, needs_compiler, runnable_isas
 from tests.kernels.integers import (
     Case,
@@ -26,8 +26,8 @@ def _problem(channels: int, kernel: tuple[int, int], **options: object) -> ConvP
     return problem_of(channels, channels, kernel, groups=channels, **options)
 
 
-# Places left over behind fours: 1, 1, 2, 0, 3; channels in whole blocks, in halves, fewer than one, more than are cached
-# together; strides, dilation, images smaller than the window.
+# Places left over behind fours: 1, 1, 2, 0, 3; channels in whole blocks, in halves, fewer than one, more than are
+# cached together; strides, dilation, images smaller than the window.
 CASES = (
     Case(_problem(48, (3, 3), padding=(1, 1)), 9, 17, 131),
     Case(_problem(29, (5, 5), stride=(2, 2), padding=(2, 2), activation="i8"), 8, 11, -7),

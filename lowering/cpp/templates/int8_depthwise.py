@@ -1,7 +1,7 @@
 """Depthwise convolutions of 8-bit integers: static activation scales, weight scales a channel, exact sums.
 
-Activations are u8 or s8 with one scale and zero point for the tensor, weights s8 without zero points; one output a channel.
-`irc/conv8_depthwise.h` has the layout and the arithmetic.
+Activations are u8 or s8 with one scale and zero point for the tensor, weights s8 without zero points; one output
+a channel. `irc/conv8_depthwise.h` has the layout and the arithmetic.
 
 `epilogue(m, n0, n1, values)` gets channels n0 to n1 of pixel m (of all images) as f32; an `irc::Requantize` gets sums.
 """

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
-
 from torch import Tensor
 
 from irc.core import formats

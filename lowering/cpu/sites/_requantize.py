@@ -2,8 +2,8 @@
 
     clamp(round(bounded(acc + bias + added) / scale) + zero point)
 
-Bias, bounds (ReLU, ReLU6, a clamp) and the added tensor may be missing; what is added is f32, or 8-bit integers that are dequantized there (a
-residual sum). Any other epilogue is printed.
+Bias, bounds (ReLU, ReLU6, a clamp) and the added tensor may be missing; what is added is f32, or
+8-bit integers that are dequantized there (a residual sum). Any other epilogue is printed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Requantization:
     """An epilogue of that form.
 
     Attributes:
-        low, high: bounds of the result. Rounding keeps order, so bounds of the real number are these, too, once rounded.
+        low, high: bounds of the result, in which those of the real number are, too: rounding keeps order.
     """
 
     scale: float
@@ -87,8 +87,8 @@ class Requantization:
             return None
         # As the program rounds them: in f32.
         ends = (torch.tensor([least, most]) / torch.tensor(scale)).round() + zero
-        bounds = (int(end) for end in ends.clamp(int(low), int(high)))
-        return Requantization(scale, int(zero), *bounds, terms)
+        first, last = ends.clamp(int(low), int(high)).tolist()
+        return Requantization(scale, int(zero), int(first), int(last), terms)
 
     def epilogue(self, call: TemplateCall, weights: WeightBlock, scales: Tensor) -> PrintedEpilogue:
         """The epilogue as C++.

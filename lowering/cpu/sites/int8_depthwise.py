@@ -48,16 +48,16 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     assert weight is not None
     operands = IntegerOperands.of(program, x, weight, problem.channels)
     name, shape = f"{operands.name} as lines of four places", (problem.channels, 1, *problem.kernel)
-    weights.add_made(name, template.packed_bytes(problem),
-                     lambda _: template.pack(problem, operands.integers.reshape(shape), operands.scale, operands.zero))  # fmt: skip
+    integers, scale, zero = operands.integers.reshape(shape), operands.scale, operands.zero
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, integers, scale, zero))
     sizes: set[sympy.Symbol] = set()
     args = conv_arguments(definer, call, sizes)
-    args["narrow"] = "true" if template.is_narrow(operands.integers) else "false"
+    args["narrow"] = "true" if template.is_narrow(integers) else "false"
     found = Requantization.of(call, program, problem.channels)
     return convolution_function(
         call, template, args, input_type=BYTES[problem.activation],
         packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes,
-        epilogue=None if found is None else found.epilogue(call, weights, operands.scale),
+        epilogue=None if found is None else found.epilogue(call, weights, scale),
     )  # fmt: skip
 
 

@@ -61,10 +61,10 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     assert weight is not None
     operands = IntegerOperands.of(program, x, weight, problem.out_channels)
     name, shape = f"{operands.name} as panels of bytes", (problem.out_channels, -1, *problem.kernel)
-    weights.add_made(name, template.packed_bytes(problem),
-                     lambda _: template.pack(problem, operands.integers.reshape(shape), operands.scale, operands.zero))  # fmt: skip
+    integers, scale, zero = operands.integers.reshape(shape), operands.scale, operands.zero
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, integers, scale, zero))
     sizes: set[sympy.Symbol] = set()
-    args = {"narrow": "true" if template.is_narrow(operands.integers) else "false"}
+    args = {"narrow": "true" if template.is_narrow(integers) else "false"}
     if isinstance(layer, Convolution):
         args |= conv_arguments(definer, call, sizes)
     else:
@@ -73,10 +73,10 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         args |= dict.fromkeys(("height", "width", "out_height", "out_width"), "1")
         args["batch"] = f"int64_t({size_text(rows, {})})"
     found = Requantization.of(call, program, problem.out_channels)
-    epilogue = None if found is None else found.epilogue(call, weights, operands.scale)
+    epilogue = None if found is None else found.epilogue(call, weights, scale)
     return convolution_function(
         call, template, args, input_type=BYTES[problem.activation],
-        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes, numbers={"zero": operands.zero},
+        packed=f"arguments.weights + {weights.offsets[name]}", sizes=sizes, numbers={"zero": zero},
         epilogue=epilogue,
     )  # fmt: skip
 

@@ -43,25 +43,28 @@ template <class Input>
 struct DepthwisePlaces {
     const Input* at[depthwise_places];
     int64_t offsets[depthwise_places];
-    int64_t padded;
+    int64_t padded, span_x, span_y;
 
     // Places behind the last have weights of 0: any memory will do.
-    DepthwisePlaces(const ConvShape& shape, const DepthwiseWindow& window) : padded(round_up(window.places, 4)) {
+    DepthwisePlaces(const ConvShape& shape, const DepthwiseWindow& window)
+        : padded(round_up(window.places, 4)), span_x((shape.kernel_x - 1) * shape.dilation_x),
+          span_y((shape.kernel_y - 1) * shape.dilation_y) {
         int64_t t = 0;
         for (int64_t i = 0; i < shape.kernel_y; ++i)
             for (int64_t j = 0; j < shape.kernel_x; ++j, ++t)
                 offsets[t] = (i * shape.dilation_y * shape.width + j * shape.dilation_x) * shape.channels;
         for (; t < padded; ++t) offsets[t] = 0;
     }
-    void move_to(const ConvShape& shape, const OutputPixel& pixel, const Input* input, const Input* outside) {
-        const bool inside = pixel.y >= 0 && pixel.x >= 0 &&
-                            pixel.y + (shape.kernel_y - 1) * shape.dilation_y < shape.height &&
-                            pixel.x + (shape.kernel_x - 1) * shape.dilation_x < shape.width;
-        if (inside) {
+    // The window of a pixel; how many pixels from it on, of at most `count`, have theirs inside the image at the same
+    // distances: it and those right of it, or it alone.
+    int64_t move_to(const ConvShape& shape, const OutputPixel& pixel, const Input* input, const Input* outside,
+                    int64_t count) {
+        const int64_t last_x = shape.width - 1 - span_x;
+        if (pixel.y >= 0 && pixel.x >= 0 && pixel.x <= last_x && pixel.y + span_y < shape.height) {
             const Input* corner = input + ((pixel.b * shape.height + pixel.y) * shape.width + pixel.x) * shape.channels;
             for (int64_t t = 0; t < padded; t += 4)
                 for (int64_t k = 0; k < 4; ++k) at[t + k] = corner + offsets[t + k];
-            return;
+            return min_of(count, (last_x - pixel.x) / shape.stride_x + 1);
         }
         int64_t t = 0;
         for (int64_t i = 0; i < shape.kernel_y; ++i)
@@ -70,19 +73,28 @@ struct DepthwisePlaces {
                 at[t] = under < 0 ? outside : input + under * shape.channels;
             }
         for (; t < padded; ++t) at[t] = outside;
+        return 1;
     }
-    // Whether a whole block from channel c on would end behind the input.
-    bool reaches(int64_t c, const Input* end) const {
+};
+
+// Copies of the last channels, for windows where a whole block of them would end behind the input.
+template <class Input>
+struct DepthwiseCopies {
+    const Input* at[depthwise_places];
+    Input memory[depthwise_places][depthwise_block];
+
+    explicit DepthwiseCopies(int64_t places) {
+        for (int64_t t = 0; t < places; ++t) at[t] = memory[t];
+    }
+    static bool needed(const DepthwisePlaces<Input>& places, int64_t from, const Input* end) {
         bool found = false;
-        for (int64_t t = 0; t < padded; ++t) found |= at[t] < end && end - at[t] < c + depthwise_block;
+        for (int64_t t = 0; t < places.padded; ++t)
+            found |= places.at[t] < end && end - places.at[t] < from + depthwise_block;
         return found;
     }
-    // Goes on with copies of `count` channels from c on.
-    void copy(int64_t c, int64_t count, Input (*memory)[depthwise_block]) {
-        for (int64_t t = 0; t < padded; ++t) {
-            std::memcpy(memory[t], at[t] + c, static_cast<size_t>(count));
-            at[t] = memory[t];
-        }
+    void fill(const DepthwisePlaces<Input>& places, int64_t from, int64_t count) {
+        for (int64_t t = 0; t < places.padded; ++t)
+            std::memcpy(memory[t], places.at[t] + from, static_cast<size_t>(count));
     }
 };
 
@@ -145,6 +157,7 @@ template <class Product, class Input>
 IRC_INLINE void depthwise_sums(const Input* const* places, int64_t c, int64_t fours, const uint8_t* weights,
                                const uint8_t* single, const int32_t* corrections, i32x16 (&sums)[2]) {
     __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0;
+#pragma GCC unroll 2
     for (int64_t k = 0; k < fours; ++k, places += 4, weights += 128 * Product::widening) {
         const __m256i x0 = depthwise_load(places[0] + c), x1 = depthwise_load(places[1] + c);
         const __m256i x2 = depthwise_load(places[2] + c), x3 = depthwise_load(places[3] + c);
@@ -202,32 +215,44 @@ inline void depthwise_sums(const Input* const* places, int64_t c, int64_t fours,
 // Sums to an epilogue: as they are, or scaled, up to 128 channels at a time.
 template <class Epilogue>
 struct DepthwiseResults {
-    const Epilogue& epilogue;
+    const Epilogue epilogue;
     const float* scales;
     int64_t channels;
     alignas(64) float values[conv_group];
-    int64_t first = 0;
+    int64_t first;
 
-    // Channels from c on of pixel m; `last`: no more of this pixel follow.
-    IRC_INLINE void take(int64_t m, int64_t c, bool last, const i32x16 (&sums)[2]) {
+    // Channels of a pixel follow, from c on.
+    void start(int64_t c) { first = c; }
+    // A block of channels of pixel m.
+    IRC_INLINE void take(int64_t m, int64_t c, const i32x16 (&sums)[2]) {
+        if constexpr (takes_sums<Epilogue>)
+            epilogue.take(m, c, sums);
+        else
+            keep(m, c, sums);
+    }
+    // The last channels, fewer than a block.
+    void take_last(int64_t m, int64_t c, int64_t count, const i32x16 (&sums)[2]) {
         if constexpr (takes_sums<Epilogue>) {
-            if (c + depthwise_block <= channels) {
-                epilogue.take(m, c, sums);
-                return;
-            }
-            const bool half = c + 16 <= channels;
-            if (half) epilogue.take(m, c, {sums[0]});
-            const int64_t n = half ? c + 16 : c;
-            if (n < channels) epilogue.take_last(m, n, channels - n, sums[half]);
+            if (count >= 16) epilogue.take(m, c, {sums[0]});
+            if (count % 16 > 0) epilogue.take_last(m, c + count / 16 * 16, count % 16, sums[count / 16]);
         } else {
-            float* to = values + (c - first);
-            store(to, mul(to_float(sums[0]), load(scales + c)));
-            store(to + 16, mul(to_float(sums[1]), load(scales + c + 16)));
-            const int64_t end = min_of(channels, c + depthwise_block);
-            if (!last && end - first < conv_group) return;
-            epilogue(m, first, end, static_cast<const float*>(values));
-            first = last ? 0 : end;
+            keep(m, c, sums);
         }
+    }
+    // No more of this pixel: its channels end at `end`.
+    void finish(int64_t m, int64_t end) {
+        if constexpr (!takes_sums<Epilogue>)
+            if (first < end) epilogue(m, first, end, static_cast<const float*>(values));
+    }
+
+private:
+    void keep(int64_t m, int64_t c, const i32x16 (&sums)[2]) {
+        if (c == first + conv_group) {
+            epilogue(m, first, c, static_cast<const float*>(values));
+            first = c;
+        }
+        store(values + c - first, mul(to_float(sums[0]), load(scales + c)));
+        store(values + c - first + 16, mul(to_float(sums[1]), load(scales + c + 16)));
     }
 };
 
@@ -248,49 +273,67 @@ struct DepthwiseOperand {
     }
 };
 
-// Pixels [m0, m1), blocks [b0, b1) of channels.
-template <class Product, class Input, class Epilogue>
+// Pixels [m0, m1), blocks [b0, b1) of channels. known: fours of places in front of a single one, or 0.
+template <class Product, int64_t known, class Input, class Epilogue>
 __attribute__((noinline)) void depthwise_part(const ConvShape& shape, const DepthwiseWindow& window, const Input* input,
                                               const DepthwiseOperand& operand, int64_t m0, int64_t m1, int64_t b0,
-                                              int64_t b1, const Epilogue& given_epilogue) {
+                                              int64_t b1, const Epilogue& epilogue) {
     constexpr bool widens = Product::widening > 1;
-    const Epilogue epilogue = given_epilogue;
-    const int64_t fours = window.fours, block_bytes = window.block_bytes;
-    const Input* const end = input + shape.batch * shape.height * shape.width * shape.channels;
-    const uint8_t* const packed = operand.weights + b0 * block_bytes;
+    const int64_t fours = known > 0 ? known : window.fours, block_bytes = window.block_bytes;
+    const bool single = known > 0 || window.single;
+    const int64_t whole = min_of(b1, shape.channels / depthwise_block), left = shape.channels - 32 * whole;
+    const uint8_t* const packed = operand.weights;
     alignas(64) uint8_t memory[widens ? Product::widening * max_of(depthwise_cached, 32 * depthwise_places) : 64];
-    for (int64_t b = 0; widens && b < b1 - b0; ++b)
-        Product::ready(packed + b * block_bytes, fours, memory + 128 * Product::widening * fours * b);
-    const uint8_t* const weights = widens ? memory : packed;
     const int64_t distance = widens ? 128 * Product::widening * fours : block_bytes;
+    for (int64_t b = b0; widens && b < b1; ++b)
+        Product::ready(packed + b * block_bytes, fours, memory + (b - b0) * distance);
+    const uint8_t* const weights = widens ? memory : packed + b0 * block_bytes;
     DepthwisePlaces<Input> places(shape, window);
-    Input copies[depthwise_places][depthwise_block];
+    DepthwiseCopies<Input> copies(places.padded);
     DepthwiseResults<Epilogue> results{epilogue, operand.scales, shape.channels, {}, 0};
-    OutputPixel pixel(shape, m0);
-    for (int64_t m = m0; m < m1; ++m, pixel.next(shape)) {
-        places.move_to(shape, pixel, input, reinterpret_cast<const Input*>(operand.outside));
-        results.first = b0 * depthwise_block;
-        for (int64_t b = b0; b < b1; ++b) {
-            const int64_t c = b * depthwise_block;
-            const uint8_t* single = window.single ? packed + (b - b0) * block_bytes + 128 * fours : nullptr;
-            int64_t from = c;
-            if (__builtin_expect(c + depthwise_block > shape.channels, 0) && places.reaches(c, end)) {
-                places.copy(c, shape.channels - c, copies);
-                from = 0;
+    const Input* const end = input + shape.batch * shape.height * shape.width * shape.channels;
+    const Input* const outside = reinterpret_cast<const Input*>(operand.outside);
+    const auto block = [&](const Input* const* from, int64_t at, int64_t b, i32x16(&sums)[2])
+                           __attribute__((always_inline)) {
+        const uint8_t* last = single ? packed + b * block_bytes + 128 * fours : nullptr;
+        depthwise_sums<Product>(from, at, fours, weights + (b - b0) * distance, last,
+                                operand.corrections + b * depthwise_block, sums);
+    };
+    for (int64_t m = m0, run; m < m1; m += run) {
+        run = places.move_to(shape, OutputPixel(shape, m), input, outside, m1 - m);
+        for (int64_t k = 0; k < run; ++k) {
+            const int64_t shift = k * shape.stride_x * shape.channels;
+            results.start(b0 * depthwise_block);
+            for (int64_t b = b0; b < whole; ++b) {
+                i32x16 sums[2];
+                block(places.at, shift + b * depthwise_block, b, sums);
+                results.take(m + k, b * depthwise_block, sums);
             }
-            i32x16 sums[2];
-            depthwise_sums<Product>(places.at, from, fours, weights + (b - b0) * distance, single,
-                                    operand.corrections + c, sums);
-            results.take(m, c, b + 1 == b1, sums);
+            if (whole < b1) {
+                const int64_t c = whole * depthwise_block, from = shift + c;
+                const bool copied = copies.needed(places, from, end);
+                if (copied) copies.fill(places, from, left);
+                i32x16 sums[2];
+                block(copied ? copies.at : places.at, copied ? 0 : from, whole, sums);
+                results.take_last(m + k, c, left, sums);
+            }
+            results.finish(m + k, min_of(shape.channels, b1 * depthwise_block));
         }
     }
 }
 
+template <class Product, class Input, class Epilogue>
+IRC_INLINE auto depthwise_part_of(const DepthwiseWindow& window) {
+    // Windows of 3 × 3 have their fours in one piece.
+    const bool three = window.single && window.fours == 2;
+    return three ? &depthwise_part<Product, 2, Input, Epilogue> : &depthwise_part<Product, 0, Input, Epilogue>;
+}
+
 // narrow: no weight is beyond 64. Input: uint8_t or int8_t. All workers call it; results are complete after the next
-// barrier.
+// barrier. Inlined, so that of the parts that there are only the one that printed sizes ask for is compiled.
 template <class Input, class Epilogue>
-inline void depthwise_bytes(Worker& worker, const ConvShape& shape, const Input* input, const uint8_t* packed, bool narrow,
-                            Epilogue&& epilogue) {
+IRC_INLINE void depthwise_bytes(Worker& worker, const ConvShape& shape, const Input* input, const uint8_t* packed,
+                                bool narrow, const Epilogue& epilogue) {
     const DepthwiseWindow window(shape);
     const DepthwiseOperand operand(packed, shape, window);
     const int64_t pixels = shape.pixels(), blocks = ceil_div(shape.channels, depthwise_block);
@@ -298,18 +341,16 @@ inline void depthwise_bytes(Worker& worker, const ConvShape& shape, const Input*
     // Pieces of some 2^18 products, but four for each worker.
     const int64_t pieces = max_of(4 * worker.count, pixels * min_of(blocks, together) * 32 * window.places >> 18);
     const int64_t cuts = min_of(pixels, pieces);
+#if defined(IRC_AVX2)
+    const auto part = narrow ? depthwise_part_of<DepthwiseBytes, Input, Epilogue>(window)
+                             : depthwise_part_of<DepthwiseShorts, Input, Epilogue>(window);
+#else
+    const auto part = depthwise_part_of<DepthwiseBytes, Input, Epilogue>(window);
+    (void)narrow;
+#endif
     for_chunks(worker, cuts * parts, [&](int64_t chunk) {
         const int64_t cut = chunk / parts, b0 = chunk % parts * together, b1 = min_of(blocks, b0 + together);
-        const int64_t m0 = pixels * cut / cuts, m1 = pixels * (cut + 1) / cuts;
-#if defined(IRC_AVX2)
-        if (!narrow) {
-            depthwise_part<DepthwiseShorts>(shape, window, input, operand, m0, m1, b0, b1, epilogue);
-            return;
-        }
-#else
-        (void)narrow;
-#endif
-        depthwise_part<DepthwiseBytes>(shape, window, input, operand, m0, m1, b0, b1, epilogue);
+        part(shape, window, input, operand, pixels * cut / cuts, pixels * (cut + 1) / cuts, b0, b1, epilogue);
     });
 }
 
