@@ -179,7 +179,6 @@ class Compiled:
         folder = Path(path)
         settings = read_settings(folder)
         target = get_target(settings.target)
-        target.require_available()
         artifact = target.load(folder, options)
         if not holds_program(artifact):
             raise StorageError(f"{folder}: artifacts of target {target.name!r} do not hold their program")

@@ -35,6 +35,11 @@ def write_settings(folder: Path, settings: Settings, tokenizer: Any) -> None:
         (folder / _TOKENIZER).write_text(text)
 
 
+def holds_settings(folder: Path) -> bool:
+    """Whether a compiled model was saved in the folder."""
+    return (folder / _SETTINGS).is_file()
+
+
 def read_settings(folder: Path) -> Settings:
     """What a folder says.
 

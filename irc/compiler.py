@@ -77,7 +77,7 @@ def compile(
         tune: seconds for measuring what the target otherwise chooses by rules. What was measured before on this
             hardware is taken over at once; 0: only that. None: rules only.
         cache: folder in which compilations are kept: one of the same model, weights, code, inputs, passes and
-            options is taken from there, and the report says so. What it cannot see: docs/codegen.md.
+            options is taken from there, and the report says so. What it cannot see: docs/cpu.md.
 
     Raises:
         CaptureError: the model cannot be captured.
