@@ -23,9 +23,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+# From <linux/mman.h>: room may be larger than memory, as most of it is never touched.
+_MAP_NORESERVE = 0x4000
 _HUGE_PAGE = 1 << 21
 # Touched at a time: between two such pieces the thread needs Python's lock.
 _AT_ONCE = 16 << 20
+# Of the memory that is free, at most this much is touched for expectations that may be wrong.
+_SHARE = 0.25
 # Room beyond what was expected, which costs nothing before it is taken: expectations are rough.
 _ROOM = 2
 # An address behind all others.
@@ -101,7 +105,7 @@ class Reserve:
             return
         size = -(-self.expected * _ROOM // _HUGE_PAGE) * _HUGE_PAGE
         start = libc.mmap(None, size + _HUGE_PAGE, mmap.PROT_READ | mmap.PROT_WRITE,
-                          mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)  # fmt: skip
+                          mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)  # fmt: skip
         if start in (None, ctypes.c_void_p(-1).value):
             return
         # Huge pages have addresses that their size divides.
@@ -109,7 +113,8 @@ class Reserve:
         if self._next > start:
             libc.munmap(start, self._next - start)
         libc.madvise(self._next, self._end - self._next, mmap.MADV_HUGEPAGE)
-        self._last = self._next + self.expected
+        free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+        self._last = self._next + min(self.expected, int(free * _SHARE))
         self._thread = threading.Thread(target=self._touch, name="irc-memory", daemon=True)
         self._thread.start()
 

@@ -68,6 +68,19 @@ def test_pages_are_found_ahead() -> None:
 
 
 @linux
+def test_wrong_expectations_take_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 64 * MB // 4096)
+    with memory.ahead() as reserve:
+        memory.expect(1 << 34)
+        reserve.start()
+        assert reserve._thread is not None
+        reserve._thread.join(timeout=60)
+        block = reserve.take(32 * MB)
+        assert block is not None
+        assert pages_in_use(block.data_ptr(), 32 * MB) == 16 * MB // 4096
+
+
+@linux
 def test_each_block_is_given_back_by_itself() -> None:
     with memory.ahead() as reserve:
         memory.expect(16 * MB)
