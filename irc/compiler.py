@@ -56,22 +56,26 @@ def compile(
     tune: float | None = None,
     cache: str | Path | None = None,
 ) -> Compiled:
-    """Compile a model for a target.
+    """Compile a model for a target: capture it, run the passes, lower the result, and check the numbers of all of it.
+
+        compiled = irc.compile(model, "quantize-weights{bits=8},insert-kv-cache", example_inputs=ids,
+                               dynamic=({0: "B", 1: "S"},), target="cpu")
 
     Args:
         model: whatever `irc.capture` takes, or a `Program`.
-        passes: a list, text or YAML file; None: the target's default pipeline (for causal language models that
-            inserts a key-value cache where possible).
-        target: its name, or a target.
+        passes: a list of passes, rewrite rules or text; pipeline text; or a YAML file. None: the target's default
+            pipeline (for causal language models it inserts a key-value cache where possible). `irc passes` lists them.
+        target: `reference`, `cpu`, `onnx`, `onnx-genai`, `gguf`, or a `Target`.
         example_inputs, dynamic, name: as for `irc.capture`.
         verify: compare numbers after `each` pass, at the `end`, or not at all (`off`). Unless off, the artifact
             is compared with its program too.
-        options: of the target.
+        options: of the target, `{"threads": 2}` say: the attributes of its `options_type`.
         tokenizer: for text in `generate`: of `tokenizers` or of transformers.
         instruments, dump_dir, repro_dir: as for `irc.PassManager`.
         calibration: representative inputs for passes that need them: `CalibrationData`, or what
             `CalibrationData.of` takes.
-        pass_options: other values that passes may ask for.
+        pass_options: other values that passes may ask for: `{"resume": folder}` keeps the layers that a quantizer has
+            finished, so that a killed run goes on there.
         progress: show what long passes are doing; None: if the error output is a terminal. Or a function of
             (what, done, total).
         tune: seconds for measuring what the target otherwise chooses by rules. What was measured before on this
@@ -156,8 +160,15 @@ def _from_cache(
 def load(path: str | Path, *, options: Mapping[str, Any] | None = None) -> Any:
     """What was saved: a `Program` from a program folder, an artifact from one that a target wrote (`model.irca`).
 
+    An artifact runs on flat lists of tensors (`artifact.run`). For what `irc.compile` gave, with `generate` and the
+    tokenizer, use `irc.Compiled.load`.
+
+    Args:
+        options: of the artifact's target, `{"threads": 2}` say.
+
     Raises:
         StorageError: it is missing or damaged.
+        OptionError: unknown options, or any for a program.
     """
     manifest = Path(path) / "manifest.json"
     try:

@@ -26,7 +26,11 @@ _TENSOR_SUFFIXES = frozenset({".safetensors", ".npy"})
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches of inputs, each a tuple with one value for every input of the program.
+    """Batches of inputs, each a tuple with one value for every input of the program: what quantizers calibrate on.
+
+        CalibrationData.of(ids)                                   # i64[N, S], cut into batches
+        CalibrationData.of(text, tokenizer=tokenizer, length=512) # windows of tokens
+        CalibrationData.of("samples/")                            # a folder; also data sets, data loaders
 
     Attributes:
         batches: in the order they are run.

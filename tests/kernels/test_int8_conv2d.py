@@ -20,13 +20,14 @@ from tests.kernels.integers import (
     problem_of,
 )
 
-# Odd depths, groups at the edge, more places than a block, a linear layer.
+# Odd depths, groups at the edge, more places than a block, a linear layer; pixels as they lie, in groups.
 CASES = (
     Case(problem_of(3, 20, (7, 7), stride=(2, 2), padding=(3, 3)), 21, 30, 131),
     Case(problem_of(40, 300, (3, 3), padding=(1, 1)), 9, 17, 0),
     Case(problem_of(12, 18, (3, 2), padding=(2, 1), dilation=(2, 3), groups=6, activation="i8"), 15, 19, -7),
     Case(problem_of(517, 33, (1, 1)), 1, 1, 255),
     Case(problem_of(1024, 33, (1, 2), padding=(0, 1)), 3, 2, 17),
+    Case(problem_of(1552, 46, (1, 1), groups=2), 5, 7, 9),
 )
 
 
@@ -62,8 +63,12 @@ def test_where_four_products_leave_16_bits() -> None:
     assert marks((39, 10, -64), (39, 11, -64), (39, 15, -1)) == [0, 0, 0, 0, 0, 1]
 
 
-# Groups, gathered; in place.
-ENDS = (Ending(CASES[2], "int8_t", "float", -20, True), Ending(CASES[4], "uint8_t", "uint8_t", 3, False))
+# Groups, gathered; in place; two panels of which the second is not full.
+ENDS = (
+    Ending(CASES[2], "int8_t", "float", -20, True),
+    Ending(CASES[4], "uint8_t", "uint8_t", 3, False),
+    Ending(CASES[5], "int8_t", "int8_t", -3, False),
+)
 
 
 @pytest.fixture(scope="module", params=runnable_isas())
