@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -173,22 +174,20 @@ class Precompiled:
         if place is None or made is None or made.is_file() or len(os.sched_getaffinity(0)) == 1:
             return
         begun = made.with_suffix(".begun")
-        try:
+        command = [require_compiler(), *_options(self.isa, self.flags), "-x", "c++-header", "-o", f"{begun}.gch",
+                   str(self.header)]  # fmt: skip
+        script = 'to=$1; from=$2; shift 2; nice "$@" && mv "$from" "$to"'
+        nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+        # Builds do without where somebody else has begun, or the cache cannot be written to.
+        with contextlib.suppress(OSError):
             made.parent.mkdir(parents=True, exist_ok=True)
             if begun.exists() and time.time() - begun.stat().st_mtime > _GIVEN_UP:
                 begun.unlink()
             begun.touch(exist_ok=False)
-        except OSError:  # somebody has begun; and a folder that cannot be written to is told by who must write there
-            return
-        for old in sorted(place.parent.glob(f"{_PRECOMPILED}*"), key=lambda folder: folder.stat().st_mtime)[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-        command = [require_compiler(), *_options(self.isa, self.flags), "-x", "c++-header", "-o", f"{begun}.gch",
-                   str(self.header)]  # fmt: skip
-        script = 'to=$1; from=$2; shift 2; nice "$@" && mv "$from" "$to"'
-        # Not by `subprocess`, which minds that nobody waits for it.
-        nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
-        os.posix_spawn("/bin/sh", ["/bin/sh", "-c", script, "sh", str(made), f"{begun}.gch", *command], os.environ,
-                       file_actions=nothing)  # fmt: skip
+            _remove_old(place.parent)
+            # Not by `subprocess`, which minds that nobody waits for it.
+            os.posix_spawn("/bin/sh", ["/bin/sh", "-c", script, "sh", str(made), f"{begun}.gch", *command], os.environ,
+                           file_actions=nothing)  # fmt: skip
 
     def _place(self) -> Path | None:
         compiler = find_compiler()
@@ -196,6 +195,12 @@ class Precompiled:
             return None
         key = _key([self.version, str(self.header), *_options(self.isa, self.flags)])
         return cache_folder() / "cpp" / f"{_PRECOMPILED}{key}"
+
+
+def _remove_old(folder: Path) -> None:
+    """Precompiled headers but for the newest."""
+    for old in sorted(folder.glob(f"{_PRECOMPILED}*"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _options(isa: str, flags: Sequence[str]) -> list[str]:

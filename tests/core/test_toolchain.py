@@ -62,3 +62,19 @@ def test_it_is_made_beside_a_build_and_taken_by_the_next(tmp_path: Path, monkeyp
 def test_builds_with_options_of_their_own_have_none() -> None:
     assert build.building(SOURCE, isa="plain", flags=("-O1",)).first is None
     assert build.building("#include <cmath>\n" + SOURCE, isa="plain").first is None
+
+
+@needs_gcc
+def test_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRC_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "posix_spawn", lambda *args, **kwargs: 0)
+    folders = [tmp_path / "cpp" / f"precompiled-{number}" for number in range(6)]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        os.utime(folder, (number, number))
+    other = tmp_path / "cpp" / "an object"
+    other.mkdir()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    build.precompile("plain")
+    assert [folder.is_dir() for folder in folders] == [False] * 3 + [True] * 3
+    assert other.is_dir()
