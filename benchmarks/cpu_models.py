@@ -1,9 +1,9 @@
-"""CNNs and an encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50, BERT-base, MobileNetV2 and
-EfficientNet-B0 (both with depthwise convolutions), random weights.
+"""CNNs and an encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50, MobileNetV2 and BERT-base,
+random weights.
 
     python benchmarks/cpu_models.py                                        # f32, batch 1 and 8
     python benchmarks/cpu_models.py --model resnet50 --format int8 --batch 1
-    python benchmarks/cpu_models.py --model mobilenet efficientnet --format int8 --batch 1
+    python benchmarks/cpu_models.py --model mobilenet --format int8 --batch 1
     python benchmarks/cpu_models.py --quick                                # a small ResNet and a small BERT
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
@@ -67,16 +67,8 @@ def _mobilenet(quick: bool) -> nn.Module:
     return MobileNetV2ForImageClassification(MobileNetV2Config(tf_padding=False, **small))
 
 
-def _efficientnet(quick: bool) -> nn.Module:
-    from transformers import EfficientNetConfig, EfficientNetForImageClassification
-
-    size = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
-    small = {"width_coefficient": 0.5, "hidden_dim": 640} if quick else {}
-    return EfficientNetForImageClassification(EfficientNetConfig(**size | small))
-
-
 MODELS: dict[str, Callable[[bool], nn.Module]] = {
-    "resnet50": _resnet, "bert": _bert, "mobilenet": _mobilenet, "efficientnet": _efficientnet,
+    "resnet50": _resnet, "bert": _bert, "mobilenet": _mobilenet,
 }  # fmt: skip
 
 

@@ -91,5 +91,5 @@ def _compiled(loaded: Any, passes: str | None, target: str | None, *, paged: boo
         pipeline = [] if InsertKVCache().requires(loaded.program()) else PAGED
     return compile_model(
         loaded.model, passes=pipeline, target=target or "reference", example_inputs=loaded.example_inputs,
-        dynamic=loaded.dynamic, verify=verify, tokenizer=loaded.tokenizer,
+        dynamic=loaded.dynamic, verify=verify, tokenizer=loaded.tokenizer, name=loaded.name,
     )  # fmt: skip

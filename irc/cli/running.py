@@ -64,7 +64,7 @@ def compile(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
         calibration=load_calibration(calibration, loaded), pass_options={"resume": resume},
-        options=_options(option or []), tune=tune,
+        options=_options(option or []), tune=tune, name=loaded.name,
     )  # fmt: skip
     Console().print(compiled.report)
     compiled.save(output)

@@ -180,7 +180,7 @@ class CalibrationData:
         """
         root = Path(folder)
         if not root.is_dir():
-            raise OptionError(f"calibration folder {root} does not exist")
+            raise OptionError(f"calibration folder {root} does not exist (text itself needs a tokenizer=… beside it)")
         files = sorted(p for p in root.rglob("*") if p.is_file())
         if tokenizer is not None:
             texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if p.suffix in _TEXT_SUFFIXES]

@@ -18,6 +18,7 @@ from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.kernels.fusion import make_schedule
+from irc.lowering.kernels.kernel import Kernel, Loop
 from irc.lowering.kernels.sites import TemplateCall
 from tests.passes.test_quantize_activations import Residual
 
@@ -126,6 +127,26 @@ def test_inverted_residuals_stay_in_8_bits() -> None:
     for given in (x, 3 * torch.randn(3, 3, 21, 18)):
         (wanted,), (found,) = program.run(given), artifact.run(given)
         assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+def test_an_image_is_quantized_in_lanes_of_pixels() -> None:
+    """Its three channels lie apart: a loop over them around pieces of rows."""
+    torch.manual_seed(4)
+    x = torch.randn(1, 3, 16, 16)
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = capture(nn.Conv2d(3, 4, 3).eval(), (x,), dynamic=({0: "B"},))
+    program = irc.PassManager(PASSES % 7, verify="off", ctx=ctx).run(program).program
+    own, _ = fold_constants(program, matchers(CpuOptions()))
+    kernel = make_schedule(own, matchers(CpuOptions())).steps[0]
+    assert isinstance(kernel, Kernel)
+    channels = kernel.body[0]
+    assert isinstance(channels, Loop)
+    assert (channels.axis.extent, channels.axis.kind) == (3, "serial")
+    pixels = channels.body[0]
+    assert isinstance(pixels, Loop)
+    assert (pixels.axis.extent, pixels.axis.kind) == (128, "vector")
+    (wanted,), (found,) = program.run(x), CPU.lower(program, QUICK).run(x)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_whole_mobilenet() -> None:
