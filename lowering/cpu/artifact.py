@@ -91,7 +91,7 @@ class CpuArtifact(Artifact):
         return self._library.arena_bytes
 
     def verify(self, program: Program, inputs: Sequence[Any] | None = None) -> ArtifactCheck:
-        """As `Artifact.verify`; quantizing activations that the program leaves as they are may cost what the pass may."""
+        """As `Artifact.verify`; activations quantized by an option may cost what those of a pass may."""
         tolerance = _INT8_TOLERANCE if self.options.activations == "int8" else None
         return check_artifact(self.target, self.run, program, inputs, tolerance=tolerance)
 
