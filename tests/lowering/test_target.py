@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import irc
+from irc.core import formats
 from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.errors import NumericError, OptionError, StorageError, TargetError
 from irc.core.target import (
@@ -136,6 +137,29 @@ def test_check_allows_what_the_program_itself_moves_by() -> None:
     check.tolerance = 0.0
     assert replace(check.runs[0], relative=1.9 * moves).passed(0.0)
     assert not replace(check.runs[0], relative=2.1 * max(run.moves for run in check.runs)).passed(0.0)
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu", "onnx"])
+@pytest.mark.parametrize("scale_dtype", ["f16", "f32"])
+def test_quantized_weights_are_the_same_numbers_everywhere(target: str, scale_dtype: str) -> None:
+    if get_target(target).available() is not None:
+        pytest.skip(f"target {target} is not available")
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(64, 48, bias=False), torch.randn(5, 64)
+    passes = f"quantize-weights{{bits=4,group-size=16,scale-dtype={scale_dtype}}}"
+    # Without its activations in 8 bits, target cpu would read floats; integers of x pass them unchanged.
+    if target == "cpu":
+        x = (x * 40).round().clamp(-127, 127)
+        x[:, 0] = 127
+        passes += ",quantize-activations{mode=dynamic}"
+    compiled = irc.compile(model, passes, target=target, example_inputs=x, verify="off")
+    program = compiled.stages["quantize-weights"]
+    stored, scale = program.weights["weight_stored"], program.weights["weight_scale"]
+    chosen = formats.parse("int4.g16")
+    assert isinstance(chosen, formats.QuantFormat)
+    weight = (chosen.unpack(stored).double().unflatten(-1, (4, -1)) * scale.double().unsqueeze(-1)).flatten(-2)
+    expected = x.double() @ weight.T
+    assert (compiled(x).double() - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_check_of_a_step_sees_a_cache_that_is_not_written() -> None:
