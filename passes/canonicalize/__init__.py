@@ -7,6 +7,7 @@ from irc.core.contract import Pass, registered_passes
 CANONICAL_ORDER = (
     "drop-noise",
     "raise-linear",
+    "normalize-windows",
     "raise-layer-norm",
     "raise-rms-norm",
     "raise-attention",

@@ -27,7 +27,7 @@ WORDY = {
 }  # fmt: skip
 # These work on what another pass left.
 AFTER = {"convert-fake-quantization": "insert-fake-quantization"}
-WITHOUT_TOKENS = {"fold-conv-batch-norm"}
+WITHOUT_TOKENS = {"fold-conv-batch-norm", "normalize-windows"}
 EXACT_PASSES = [
     name for name, cls in registered_passes().items() if cls().preserves.kind == "exact" and name not in WITHOUT_TOKENS
 ]

@@ -66,7 +66,7 @@ class Pieces(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv, self.norm = nn.Conv2d(3, 6, 4, padding="same"), nn.BatchNorm2d(6)
         self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
         self.scale, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6))
         self.norm.running_mean.normal_()
@@ -135,12 +135,24 @@ def scales_written_elsewhere(program: Program, new: list[fx.Node]) -> fx.Node:
     return wrong
 
 
+def pad_the_other_side(program: Program, new: list[fx.Node]) -> fx.Node:
+    """The extra zeros of an even kernel go before the image."""
+    pad = op(new, "constant_pad_nd")
+    pad.args = (pad.args[0], [2, 1, 2, 1], *pad.args[2:])
+    return op(new, "conv2d")
+
+
 CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
     "drop-noise": (raw("tinypy"), {}, bypass("silu")),
     "raise-linear": (
         raw("gpt2"),
         {},
         spoil_weight("linear", 1, lambda w: w.flip(0)),
+    ),
+    "normalize-windows: the other side": (
+        pieces(canonical=False),
+        {},
+        pad_the_other_side,
     ),
     "raise-rms-norm: eps": (raw("tinypy"), {}, set_argument("rms_norm", 2, 1e-1)),
     "raise-layer-norm: eps": (
@@ -251,6 +263,8 @@ CASES: dict[str, tuple[Callable[[], Program], dict[str, object], Plant]] = {
 }
 
 
+# PyTorch itself warns about the copy that uneven padding needs.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("case", CASES)
 def test_a_planted_bug_is_named(case: str) -> None:
     build, options, plant = CASES[case]

@@ -43,7 +43,21 @@ def pairs(value: Any, rank: int) -> list[int]:
     return items * rank if len(items) == 1 else items
 
 
-@defines("aten.max_pool2d", "aten.max_pool1d", kind="reduction")
+def _why_not_pool(call: Call) -> str | None:
+    """Whether a last window that starts behind the image is dropped, depends on the size: no expression says it."""
+    if not call.raw("ceil_mode"):
+        return None
+    taps = pairs(call.raw("kernel_size"), 1 if "1d" in str(call.node.target) else 2)
+    stride = pairs(call.raw("stride") or taps, len(taps))
+    padding = pairs(call.raw("padding"), len(taps))
+    dilation = pairs(call.raw("dilation") if "dilation" in call._arguments else 1, len(taps))
+    shape = call.operand("self").shape[-len(taps) :]
+    axes = zip(shape, taps, stride, padding, dilation, strict=True)
+    never_drops = all(size.is_Integer or s + p <= d * (k - 1) + 1 for size, k, s, p, d in axes)
+    return None if never_drops else "ceil_mode with windows that may start behind an image of unknown size"
+
+
+@defines("aten.max_pool2d", "aten.max_pool1d", kind="reduction", refuses=_why_not_pool)
 def max_pool(call: Call, index: At) -> Value:
     """The largest element of each window; padding never wins."""
     x = call.operand("self")
@@ -56,21 +70,60 @@ def max_pool(call: Call, index: At) -> Value:
     return call.reduce("max", axes, guarded(inside, value, literal(-math.inf, call.dtype)))
 
 
-@defines("aten.avg_pool2d", "aten.avg_pool1d", kind="reduction", refuses=lambda c: (
-    "ceil_mode, divisor_override, or padding that does not count"
-    if c.raw("ceil_mode") or c._arguments.get("divisor_override")
-    or (not c.raw("count_include_pad") and any(pairs(c.raw("padding"), 1))) else None))  # fmt: skip
+@defines("aten.avg_pool2d", "aten.avg_pool1d", kind="reduction", refuses=_why_not_pool)
 def avg_pool(call: Call, index: At) -> Value:
     """The mean of each window."""
     x = call.operand("self")
-    taps = pairs(call.raw("kernel_size"), 1 if "1d" in str(call.node.target) else 2)
-    rank = len(taps)
-    stride = pairs(call.raw("stride") or taps, rank)
+    window_sizes = pairs(call.raw("kernel_size"), 1 if "1d" in str(call.node.target) else 2)
+    rank = len(window_sizes)
+    shape = x.shape[-rank:]
+    stride = pairs(call.raw("stride") or window_sizes, rank)
     padding = pairs(call.raw("padding"), rank)
-    place, axes, inside = window(call, index[-rank:], x.shape[-rank:], taps, stride, padding, [1] * rank)
-    value = guarded(inside if any(padding) else [], x.at((*index[:-rank], *place)), literal(0.0, call.dtype))
+    # A window starts in the image or in the padding before it: further taps lie behind the image in every window.
+    taps = [min(k, int(size) + p) if size.is_Integer else k
+            for k, size, p in zip(window_sizes, shape, padding, strict=True)]  # fmt: skip
+    place, axes, inside = window(call, index[-rank:], shape, taps, stride, padding, [1] * rank)
+    is_partial = any(padding) or bool(call.raw("ceil_mode"))
+    value = guarded(inside if is_partial else [], x.at((*index[:-rank], *place)), literal(0.0, call.dtype))
     total = call.reduce("sum", axes, value)
-    return settle(apply("div", total, literal(float(math.prod(taps)), total.dtype)), call.dtype)
+    divisor = _divisor(call, index[-rank:], shape, window_sizes, stride, padding)
+    return settle(apply("div", total, convert(divisor, total.dtype)), call.dtype)
+
+
+def _divisor(
+    call: Call, at: At, shape: At, window_sizes: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Value:
+    """What a window's sum is divided by: its places, those in the padding too if they count.
+
+    Places behind the padding, which only a window that `ceil_mode` adds can have, never count.
+    """
+    override = call._arguments.get("divisor_override")
+    if override:
+        return literal(float(override))
+    counts_padding = bool(call.raw("count_include_pad"))
+    whole, partial = 1, []
+    for place, size, k, s, p in zip(at, shape, window_sizes, stride, padding, strict=True):
+        if not call.raw("ceil_mode") and (counts_padding or p == 0):
+            whole *= k
+            continue
+        start = place * s - p
+        end = _extreme(call, "minimum", start + k, size + (p if counts_padding else 0))
+        if not counts_padding and p:
+            partial.append(apply("sub", end, _extreme(call, "maximum", start, sympy.Integer(0))))
+        else:
+            partial.append(apply("sub", end, call.definer.number(start)))
+    places: Value = literal(whole)
+    for extent in partial:
+        places = apply("mul", places, extent)
+    return places
+
+
+def _extreme(call: Call, op: str, left: sympy.Expr, right: sympy.Expr) -> Value:
+    """The `minimum` or `maximum` of two numbers that count places; one of them where it is known which."""
+    more = sympy.expand(left - right)
+    if more.is_Integer:
+        return call.definer.number(left if (more < 0) == (op == "minimum") else right)
+    return apply(op, call.definer.number(left), call.definer.number(right))
 
 
 def _why_not_adaptive(call: Call) -> str | None:
