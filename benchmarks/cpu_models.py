@@ -1,11 +1,13 @@
-"""CNN and encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50 and BERT-base, random weights.
+"""CNNs and an encoder on target cpu against PyTorch, ONNX Runtime and OpenVINO: ResNet-50, MobileNetV2 and BERT-base,
+random weights.
 
     python benchmarks/cpu_models.py                                        # f32, batch 1 and 8
     python benchmarks/cpu_models.py --model resnet50 --format int8 --batch 1
+    python benchmarks/cpu_models.py --model mobilenet --format int8 --batch 1
     python benchmarks/cpu_models.py --quick                                # a small ResNet and a small BERT
 
 All engines run the same model in turns, on as many threads; printed are medians in milliseconds, the spread (10th and
-90th percentile) and the fastest peer's median over ours. ResNet sees 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
+90th percentile) and the fastest peer's median over ours. CNNs see 224 × 224 pixels, BERT 128 tokens. Formats: `f32`;
 `bf16` (weights and activations; `torch.compile` in f32, too; ONNX Runtime has none and runs f32, so does OpenVINO where
 the processor has no bf16); `int8` (weights a channel, activations static, attention f32; `torch.compile` runs f32, ONNX
 Runtime its static QDQ, OpenVINO NNCF's quantization). PyTorch eager runs f32, whatever the format. OpenVINO and NNCF
@@ -44,20 +46,36 @@ Run = Callable[[int], list[float]]
 """Seconds of each of so many runs."""
 
 
+def _bert(quick: bool) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    small = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
+    return BertModel(BertConfig(**small if quick else {}), add_pooling_layer=False)
+
+
+def _resnet(quick: bool) -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    small = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+    return ResNetForImageClassification(ResNetConfig(**small if quick else {}))
+
+
+def _mobilenet(quick: bool) -> nn.Module:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    small = {"depth_multiplier": 0.5} if quick else {}
+    return MobileNetV2ForImageClassification(MobileNetV2Config(tf_padding=False, **small))
+
+
+MODELS: dict[str, Callable[[bool], nn.Module]] = {
+    "resnet50": _resnet, "bert": _bert, "mobilenet": _mobilenet,
+}  # fmt: skip
+
+
 def make_model(name: str, quick: bool) -> nn.Module:
     """A model with random weights and plausible statistics of its batch norms."""
-    from transformers import BertConfig, BertModel, ResNetConfig, ResNetForImageClassification
-
     torch.manual_seed(0)
-    model: nn.Module
-    if name == "bert":
-        sizes = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
-        model = BertModel(BertConfig(**sizes if quick else {}), add_pooling_layer=False)
-    elif quick:
-        small = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
-        model = ResNetForImageClassification(ResNetConfig(**small))
-    else:
-        model = ResNetForImageClassification(ResNetConfig())
+    model = MODELS[name](quick)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.running_mean.uniform_(-0.1, 0.1)
@@ -226,7 +244,7 @@ def report(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("resnet50", "bert"), nargs="+", default=["resnet50", "bert"])
+    parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=["resnet50", "bert"])
     parser.add_argument("--format", choices=("f32", "bf16", "int8"), nargs="+", default=["f32"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)

@@ -29,12 +29,12 @@ from rich.table import Table
 from torch import Tensor
 
 from irc.core import formats
+from irc.core.memory import large_memory
 from irc.lowering.cpp import build
 from irc.lowering.cpp.templates import attention, conv2d, float_matmul, quantized_matmul
 from irc.lowering.cpp.templates.attention import AttentionProblem
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpp.templates.conv2d import ConvProblem
-from irc.lowering.cpu.weights import large_memory
 
 # (name, rows of the weight, depth): the fused layers of the 1.1B and the 135M shape.
 LAYERS = (

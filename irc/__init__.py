@@ -4,7 +4,19 @@
     compiled = irc.compile(model, passes=["quantize-weights{bits=4,group-size=32}", "insert-kv-cache"])
     print(compiled.report)
 
-Names are imported when first used, so that `import irc` and `irc --help` are quick.
+What there is, by what you want to do:
+
+    deploy a model        compile → Compiled: call it, .generate, .save; load, Compiled.load
+    get a graph           capture, from_onnx, from_gguf, load, parse → Program; save, export_gguf
+    rewrite it            PassManager, irc.passes (passes and what to write one with), PassContext
+    look at it            print(program), diff, draw, verify, bisect
+    quantize              CalibrationData, QuantFormat, sensitivity and assign_bits, irc.interchange
+    judge a result        evaluate, EvaluationData, irc.evaluation
+    decode faster         make_draft, irc.runtime
+    add a target          irc.core.target, irc.lowering
+
+All errors that are raised on purpose are `IrcError`s. Names are imported when first used, so that `import irc` and
+`irc --help` are quick; `help(irc.compile)` and so on describe each.
 """
 
 from __future__ import annotations

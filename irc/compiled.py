@@ -29,14 +29,22 @@ from irc.runtime.speculation.speculation import Speculation
 
 @dataclass(kw_only=True)
 class Compiled:
-    """A compiled model.
+    """A compiled model: what `irc.compile` and `Compiled.load` give.
+
+        compiled(x)                       # same arguments and results as the model
+        compiled.generate("import os")    # a language model with a tokenizer; .stream gives tokens as they come
+        print(compiled.report)            # a line for each pass: matches, sizes, measured error, time
+        print(compiled.stages["capture"]) # the program after a pass
+        compiled.save("model.compiled")   # read back with Compiled.load
 
     Attributes:
-        artifact: what the target made.
-        stages: the program after each pass by name, first `capture`; what was saved has only some of them.
-        report: a row a pass, and one for the lowering.
-        target, tokenizer, eos: as compiled.
-        from_cache: it was compiled before, and kept.
+        artifact: what the target made; its `run` takes and gives flat lists of tensors.
+        stages: the program after each pass by the pass's name, first `capture`; what was loaded has only some of them.
+        report: a row for each pass, and one for the lowering.
+        target: what it was lowered to.
+        tokenizer: for text in `generate`; None: token ids only.
+        eos: token ids that end a sequence; None: what the tokenizer says.
+        from_cache: it was compiled before, and kept (`irc.compile(cache=…)`).
     """
 
     artifact: Artifact
@@ -171,7 +179,11 @@ class Compiled:
 
     @staticmethod
     def load(path: str | Path, *, options: Mapping[str, Any] | None = None, tokenizer: Any = None) -> Compiled:
-        """Read a compiled folder.
+        """Read a folder that `save` or `irc compile` wrote. Neither the model nor a compiler is needed.
+
+        Args:
+            options: of the target, `{"threads": 2}` say.
+            tokenizer: instead of the one that was saved beside the artifact.
 
         Raises:
             StorageError: it is missing or damaged.
@@ -179,7 +191,6 @@ class Compiled:
         folder = Path(path)
         settings = read_settings(folder)
         target = get_target(settings.target)
-        target.require_available()
         artifact = target.load(folder, options)
         if not holds_program(artifact):
             raise StorageError(f"{folder}: artifacts of target {target.name!r} do not hold their program")

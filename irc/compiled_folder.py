@@ -35,6 +35,11 @@ def write_settings(folder: Path, settings: Settings, tokenizer: Any) -> None:
         (folder / _TOKENIZER).write_text(text)
 
 
+def holds_settings(folder: Path) -> bool:
+    """Whether a compiled model was saved in the folder."""
+    return (folder / _SETTINGS).is_file()
+
+
 def read_settings(folder: Path) -> Settings:
     """What a folder says.
 
@@ -44,8 +49,11 @@ def read_settings(folder: Path) -> Settings:
     path = folder / _SETTINGS
     try:
         entry = json.loads(path.read_text())
+    except FileNotFoundError:
+        reason = f"it has no {_SETTINGS}, which Compiled.save writes" if folder.is_dir() else "there is no such folder"
+        raise StorageError(f"{folder} is no compiled model: {reason}") from None
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder} is no compiled model: {error}") from None
+        raise StorageError(f"{path} is damaged: {error}") from None
     eos = entry.get("eos") if isinstance(entry, dict) else 0
     if not isinstance(entry, dict) or not isinstance(entry.get("target"), str) or not isinstance(eos, list | None):
         raise StorageError(f"{path} is damaged")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from irc.compile_cache.lookup import look_up
 from irc.compiled import Compiled, holds_program, program_of
 from irc.core.calibration import CALIBRATION_KEY
 from irc.core.collection import not_collecting, walking_once
-from irc.core.contract import PassContext, Progress
+from irc.core.contract import Pass, PassContext, Progress
 from irc.core.errors import OptionError, StorageError
 from irc.core.folder import require_place
 from irc.core.instruments import Instrument
 from irc.core.manager import FIRST_STAGE, PassManager, Verify
+from irc.core.memory import ahead
 from irc.core.pipeline import Source, parse_pipeline
 from irc.core.program import Program
 from irc.core.report import Row
@@ -55,28 +56,32 @@ def compile(
     tune: float | None = None,
     cache: str | Path | None = None,
 ) -> Compiled:
-    """Compile a model for a target.
+    """Compile a model for a target: capture it, run the passes, lower the result, and check the numbers of all of it.
+
+        compiled = irc.compile(model, "quantize-weights{bits=8},insert-kv-cache", example_inputs=ids,
+                               dynamic=({0: "B", 1: "S"},), target="cpu")
 
     Args:
         model: whatever `irc.capture` takes, or a `Program`.
-        passes: a list, text or YAML file; None: the target's default pipeline (for causal language models that
-            inserts a key-value cache where possible).
-        target: its name, or a target.
+        passes: a list of passes, rewrite rules or text; pipeline text; or a YAML file. None: the target's default
+            pipeline (for causal language models it inserts a key-value cache where possible). `irc passes` lists them.
+        target: `reference`, `cpu`, `onnx`, `onnx-genai`, `gguf`, or a `Target`.
         example_inputs, dynamic, name: as for `irc.capture`.
         verify: compare numbers after `each` pass, at the `end`, or not at all (`off`). Unless off, the artifact
             is compared with its program too.
-        options: of the target.
+        options: of the target, `{"threads": 2}` say: the attributes of its `options_type`.
         tokenizer: for text in `generate`: of `tokenizers` or of transformers.
         instruments, dump_dir, repro_dir: as for `irc.PassManager`.
         calibration: representative inputs for passes that need them: `CalibrationData`, or what
             `CalibrationData.of` takes.
-        pass_options: other values that passes may ask for.
+        pass_options: other values that passes may ask for: `{"resume": folder}` keeps the layers that a quantizer has
+            finished, so that a killed run goes on there.
         progress: show what long passes are doing; None: if the error output is a terminal. Or a function of
             (what, done, total).
         tune: seconds for measuring what the target otherwise chooses by rules. What was measured before on this
             hardware is taken over at once; 0: only that. None: rules only.
         cache: folder in which compilations are kept: one of the same model, weights, code, inputs, passes and
-            options is taken from there, and the report says so. What it cannot see: docs/codegen.md.
+            options is taken from there, and the report says so. What it cannot see: docs/cpu.md.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -107,25 +112,25 @@ def compile(
                     return _from_cache(lookup.kept, options, tokenizer, _end_tokens(model))
                 except StorageError as error:
                     lookup.reason = str(error)
-    if _bytes_of(model) >= _LARGE:
-        for one in pipeline or []:
-            one.get_ready()
-    started = time.perf_counter()
-    program = _program(model, example_inputs, dynamic, name)
-    capture_ms = (time.perf_counter() - started) * 1e3
-    given = dict(pass_options or {}) | ({CALIBRATION_KEY: calibration} if calibration is not None else {})
-    with shown_progress(progress) as report_progress:
-        manager = PassManager(
-            pipeline if pipeline is not None else chosen.default_passes(program),
-            verify=verify, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir,
-            ctx=PassContext(options=given, progress=report_progress),
-        )  # fmt: skip
-        result = manager.run(program)
-    result.report.rows[0].ms = capture_ms
-    with shown_progress(progress) as report_progress:
-        artifact, row = _lower(
-            chosen, result.program, settings, check=verify != "off", tune=tune, progress=report_progress
-        )
+    with ahead() as reserve:
+        _get_ready(model, pipeline or [], chosen, settings)
+        reserve.start()
+        started = time.perf_counter()
+        program = _program(model, example_inputs, dynamic, name)
+        capture_ms = (time.perf_counter() - started) * 1e3
+        given = dict(pass_options or {}) | ({CALIBRATION_KEY: calibration} if calibration is not None else {})
+        with shown_progress(progress) as report_progress:
+            manager = PassManager(
+                pipeline if pipeline is not None else chosen.default_passes(program),
+                verify=verify, instruments=instruments, dump_dir=dump_dir, repro_dir=repro_dir,
+                ctx=PassContext(options=given, progress=report_progress),
+            )  # fmt: skip
+            result = manager.run(program)
+        result.report.rows[0].ms = capture_ms
+        with shown_progress(progress) as report_progress:
+            artifact, row = _lower(
+                chosen, result.program, settings, check=verify != "off", tune=tune, progress=report_progress
+            )
     row.flops = result.report.rows[-1].flops
     result.report.rows.append(row)
     compiled = Compiled(
@@ -155,8 +160,15 @@ def _from_cache(
 def load(path: str | Path, *, options: Mapping[str, Any] | None = None) -> Any:
     """What was saved: a `Program` from a program folder, an artifact from one that a target wrote (`model.irca`).
 
+    An artifact runs on flat lists of tensors (`artifact.run`). For what `irc.compile` gave, with `generate` and the
+    tokenizer, use `irc.Compiled.load`.
+
+    Args:
+        options: of the artifact's target, `{"threads": 2}` say.
+
     Raises:
         StorageError: it is missing or damaged.
+        OptionError: unknown options, or any for a program.
     """
     manifest = Path(path) / "manifest.json"
     try:
@@ -186,11 +198,20 @@ def _program(model: Any, example_inputs: Any, dynamic: Any, name: str | None) ->
     return own
 
 
-def _bytes_of(model: Any) -> int:
-    """Of the weights, where that is known before the capture."""
+def _get_ready(model: Any, pipeline: Sequence[Pass], target: Target, options: Mapping[str, Any] | None) -> None:
+    """Where the model is large, so that capturing it takes long: passes and the target start what they will need."""
+    weights: Iterable[torch.Tensor] = ()
     if isinstance(model, Program):
-        return model.weight_bytes
-    return sum(p.nbytes for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
+        weights = model.weights.values()
+    elif isinstance(model, torch.nn.Module):
+        weights = list(model.parameters())
+    num_bytes = sum(weight.nbytes for weight in weights)
+    if num_bytes < _LARGE:
+        return
+    num_weights = sum(weight.numel() for weight in weights)
+    for one in pipeline:
+        num_bytes = one.get_ready(num_weights, num_bytes)
+    target.get_ready(num_bytes, options)
 
 
 def _with_tokenizer(target: Target, options: Mapping[str, Any] | None, tokenizer: Any) -> Mapping[str, Any] | None:

@@ -6,15 +6,14 @@
         for output in engine.step(): …
 
 A step: decide who computes what (`scheduler`), guess tokens ahead (`speculation`), run the model once over all flat
-tokens, choose or verify tokens (`sampling`, `speculation.acceptance`), end what is finished. A request gives the same
-tokens alone, in any batch, after preemption, with or without prefix cache and speculation.
+tokens, choose or verify tokens (`sampling`, `speculation.acceptance`), end what is finished (`open_requests`). A
+request gives the same tokens alone, in any batch, after preemption, with or without prefix cache and speculation.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from irc.runtime.branches import MOST_ROWS as MOST_BRANCHES
 from irc.runtime.continuation import continued
 from irc.runtime.engine_options import EngineOptions as EngineOptions
 from irc.runtime.engine_options import EngineStats as EngineStats
+from irc.runtime.open_requests import OpenRequests
 from irc.runtime.requests import Output, Request, SequenceState
 from irc.runtime.results import FinishReason
 from irc.runtime.sampling import likeliest
@@ -35,14 +35,6 @@ from irc.runtime.speculation.acceptance import accept_greedy
 from irc.runtime.speculation.speculation import Speculation
 from irc.runtime.speculation.verification import Path, verified
 from irc.runtime.step_inputs import StepBuilder
-
-
-@dataclass
-class _Live:
-    """A request with samples that have not ended."""
-
-    request: Request
-    sequences: list[SequenceState] = field(default_factory=list)
 
 
 class Engine:
@@ -65,20 +57,18 @@ class Engine:
         )  # fmt: skip
         self._builder = StepBuilder(model.block_size, most + MOST_BRANCHES, per_sequence)
         self._pages = model.new_pages(self.num_blocks)
-        self._live: dict[int, _Live] = {}
-        self._count = 0
-        self._num_deadlines = 0
+        self._open = OpenRequests(model.max_length, self._left, self.stats)
 
     # ---------------------------------------------------------------- requests
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._open.numbers)
 
     @property
-    def live(self) -> Container[int]:
+    def live(self) -> Collection[int]:
         """Numbers of the requests that have not ended."""
-        return self._live.keys()
+        return self._open.numbers
 
     @property
     def num_running(self) -> int:
@@ -95,14 +85,9 @@ class Engine:
             OptionError: it can never be served; says why.
         """
         self.require(request)
-        number = self._count
-        self._count += 1
-        first = self._new_sequence(number, request, 0)
-        first.pending_samples = request.num_samples - 1
-        self._live[number] = _Live(request, [first])
-        self._num_deadlines += request.deadline is not None
+        first = self._open.add(request)
         self.scheduler.waiting.append(first)
-        return number
+        return first.request_id
 
     def require(self, request: Request) -> None:
         """Raise unless the engine can serve a request.
@@ -116,32 +101,13 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request at once, without a further output. Unknown numbers (it has ended already) are fine."""
-        live = self._live.get(number)
-        if live is not None:
-            for sequence in [s for s in live.sequences if s.finish_reason is None]:
-                sequence.pending_samples = 0
-                self._end(sequence, FinishReason.CANCELLED)
+        self._open.cancel(number)
 
-    def _new_sequence(self, number: int, request: Request, sample: int) -> SequenceState:
-        length = len(request.prompt)
-        return SequenceState(
-            number, sample, request, list(request.prompt), length, number,
-            (request.key + sample) % 2**64,
-            min(length + request.max_new_tokens - 1, self.model.max_length),
-            request.text() if request.text is not None else None,
-            request.constraint() if request.constraint is not None else None,
-        )  # fmt: skip
-
-    def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
+    def _left(self, sequence: SequenceState) -> None:
+        """A sequence has ended: nobody plans or guesses for it any more."""
         self.scheduler.leave(sequence)
         if self.speculation is not None:
             self.speculation.forget(sequence)
-        live = self._live[sequence.request_id]
-        if sequence.pending_samples == 0 and all(s.finish_reason is not None for s in live.sequences):
-            del self._live[sequence.request_id]
-            self._num_deadlines -= live.request.deadline is not None
-            self.stats.finished += 1
 
     # ---------------------------------------------------------------- a step
 
@@ -149,8 +115,7 @@ class Engine:
         """Do one step; what it gave."""
         started = time.perf_counter()
         outputs: list[Output] = []
-        if self._num_deadlines:
-            self._expire(outputs)
+        self._open.expire(outputs)
         guess_ms = 0.0
         if self.speculation is not None and not self.speculation.rests(len(self.scheduler.running)):
             guess_ms = self._guess()
@@ -174,13 +139,6 @@ class Engine:
         self.stats.model_ms += model_ms + guess_ms
         self.stats.overhead_ms += step_ms - model_ms - (self.stats.choosing_ms - chosen_before)
         return outputs
-
-    def _expire(self, outputs: list[Output]) -> None:
-        now = time.monotonic()
-        for live in list(self._live.values()):
-            if live.request.deadline is not None and live.request.deadline <= now:
-                for sequence in [s for s in live.sequences if s.finish_reason is None]:
-                    self._finish(sequence, FinishReason.DEADLINE, outputs)
 
     def _guess(self) -> float:
         assert self.speculation is not None
@@ -210,7 +168,7 @@ class Engine:
     def _fail(self, sequence: SequenceState, error: Exception, outputs: list[Output]) -> None:
         """End a request that cannot go on; the others do."""
         self.stats.failed += 1
-        self._finish(sequence, FinishReason.ERROR, outputs, error=f"{type(error).__name__}: {error}")
+        self._open.finish(sequence, FinishReason.ERROR, outputs, error=f"{type(error).__name__}: {error}")
 
     # ---------------------------------------------------------------- tokens
 
@@ -329,13 +287,10 @@ class Engine:
     def _split(self, first: SequenceState, computed: int, row: int, logits: Tensor, outputs: list[Output]) -> None:
         """The other samples of a prompt begin from the logits that the first one has."""
         self.scheduler.computed(first, computed)
-        count, first.pending_samples = first.pending_samples, 0
-        live = self._live[first.request_id]
-        children = [self._new_sequence(first.request_id, first.request, 1 + i) for i in range(count)]
-        live.sequences += children
+        children = self._open.split(first)
         for child in children:
             self.scheduler.fork(first, child)
-        several = logits[row : row + 1].expand(count, -1)
+        several = logits[row : row + 1].expand(len(children), -1)
         paths = [[Path(child, index)] for index, child in enumerate(children)]
         chosen = verified(several, paths, [self._allowed(path, outputs) for path in paths])
         for child, (tokens, _) in zip(children, chosen, strict=True):
@@ -353,28 +308,7 @@ class Engine:
         if reason is None:
             outputs.append(output)
         else:
-            self._finish(sequence, reason, outputs, output)
-
-    def _finish(
-        self,
-        sequence: SequenceState,
-        reason: FinishReason,
-        outputs: list[Output],
-        output: Output | None = None,
-        error: str = "",
-    ) -> None:
-        made = output if output is not None else Output(sequence.request_id, sequence.sample, [])
-        if sequence.text is not None:
-            made.text += sequence.text.finish()
-            # What was held back may complete a stop text.
-            if sequence.text.stopped and reason is not FinishReason.ERROR:
-                reason = FinishReason.STOP
-        made.finish_reason, made.error = reason, error
-        outputs.append(made)
-        while sequence.pending_samples:  # of a prompt that was not read to its end
-            outputs.append(Output(sequence.request_id, sequence.pending_samples, [], finish_reason=reason, error=error))
-            sequence.pending_samples -= 1
-        self._end(sequence, reason)
+            self._open.finish(sequence, reason, outputs, output)
 
     # ---------------------------------------------------------------- invariants, recovery
 

@@ -169,7 +169,7 @@ def check_token_program(program: Program) -> None:
         )
     value, output = program.placeholders[0].meta.get(VAL), program.outputs[0]
     if not isinstance(value, Tensor) or value.dtype not in _TOKEN_TYPES or value.dim() != 2:
-        raise TargetError(f"{what}: its input {program.input_names[0]} is no integer tensor [B, S]")
+        raise TargetError(f"{what}: its input {program.input_names[0]!r} is no integer tensor [B, S]")
     logits = output.meta[VAL] if isinstance(output, torch.fx.Node) else None
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
         raise TargetError(f"{what}: its first output is no tensor of logits [B, S, V]")

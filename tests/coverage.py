@@ -28,18 +28,21 @@ TOLERANCE = 1e-4
 STAGES = ("capture", "canonicalize", "text", "folder", "cache")
 _INTRODUCTION = """# Coverage
 
-Tiny models with random weights, captured with dynamic batch and sequence. Made by `python -m tests.coverage`;
-the tests recompute every row.
+To look up whether a model like yours works, how far, and if not why. Each row is a tiny model of that architecture
+with random weights (from transformers, or written here), captured with dynamic batch and sequence. Made by
+`python -m tests.coverage`; the tests recompute every row.
 
-- **capture**: the graph before canonicalization gives the model's own output.
-- **canonicalize**: so does the canonical program, also at another batch size and length. In brackets: operations
-  before → after, and its attentions, norms and rotary embeddings that have one canonical op.
+- **capture**: the largest difference of the captured graph's output from the model's own, relative to the largest
+  value.
+- **canonicalize**: the same of the canonical program, also at another batch size and length. In brackets: operations
+  before → after; then how many attentions, norms and rotary embeddings were recognised as one operation each.
 - **text**, **folder**: printed and parsed, saved and loaded, the program is the same and computes the same.
 - **cache**: with a KV cache inserted, a batch of three prompts of 7, 4 and 5 tokens is prefilled at once and decoded
   for 12 steps; shown is the largest difference of any logit from the model's full recomputation, relative to the
   largest logit. At most 1e-4 passes.
 
-A dash: does not apply. A row that fails says why.
+A dash: does not apply. A row that fails says why. What ONNX makes of the same models is in
+[onnx.md](onnx.md#coverage).
 
 """
 

@@ -39,5 +39,14 @@ def test_pages_were_found() -> None:
 
 def test_local_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}, which does not exist"
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name} links to {link}, which does not exist"
+            assert not heading or heading in headings(target), f"{page.name} links to {link}: no such heading"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page: headings in small letters, blanks as hyphens, other signs left out."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}

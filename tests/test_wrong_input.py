@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import irc
+from irc.core.errors import OptionError, StorageError, TargetError
 
 X = torch.ones(3, 4)
 
@@ -71,3 +72,27 @@ def test_what_is_no_description_of_sizes_and_no_program(compiled: irc.Compiled) 
         irc.capture(nn.Linear(4, 2), (torch.ones(3, 4),), dynamic="B")
     with pytest.raises(irc.IrcError, match=r"diff compares two programs, .* not a int"):
         irc.diff(program_of(compiled), 5)  # type: ignore[arg-type]  # the mistake that is tried
+
+
+def test_places_that_hold_nothing_of_irc(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere does not exist: a program or an artifact is a folder"):
+        irc.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(StorageError, match="file is no folder"):
+        irc.load(tmp_path / "file")
+    with pytest.raises(StorageError, match=r"is no compiled model: it has no compiled\.json, which Compiled\.save"):
+        irc.Compiled.load(tmp_path)
+    with pytest.raises(StorageError, match="is no compiled model: there is no such folder"):
+        irc.Compiled.load(tmp_path / "nowhere")
+    with pytest.raises(OptionError, match=r"cannot read none\.yaml: No such file or directory"):
+        irc.PassManager("none.yaml")
+
+
+def test_options_of_a_pass_are_named_once() -> None:
+    with pytest.raises(OptionError, match=r"pass 'quantize-weights': bits must be 2 to 8, not 9"):
+        irc.PassManager("quantize-weights{bits=9}")
+
+
+def test_what_gguf_files_are_not_for(compiled: irc.Compiled, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"reads f32\[.*\], not token ids: GGUF files are language models"):
+        irc.export_gguf(compiled.stages["capture"], tmp_path / "net.gguf")

@@ -65,6 +65,12 @@ def load_model(spec: str) -> LoadedModel:
     if file.endswith(".py"):
         return _load_python(Path(file), attribute)
     path = Path(spec)
+    compiled = compiled_for(spec)
+    if compiled is not None and not (path / "weights.safetensors").is_file():
+        raise OptionError(
+            f"{spec} is compiled already, for target {compiled!r}: 'irc generate', 'irc serve' and 'irc batch' run it,"
+            " irc.load in Python; other commands need the model or a program folder"
+        )
     if (path / "graph.irc").is_file():
         from irc.core.storage import load
 
@@ -87,6 +93,17 @@ def load_model(spec: str) -> LoadedModel:
         raise OptionError(f"say which model in the file: {spec}:NAME")
     reason = "is not a kind of model that irc reads" if path.exists() else "does not exist"
     raise OptionError(f"{spec} {reason}. {MODEL_HELP}")
+
+
+def compiled_for(spec: str) -> str | None:
+    """The target that a folder was compiled for; None where `irc compile` wrote nothing there.
+
+    Raises:
+        StorageError: the folder is damaged.
+    """
+    from irc.compiled_folder import holds_settings, read_settings
+
+    return read_settings(Path(spec)).target if holds_settings(Path(spec)) else None
 
 
 def served_name(spec: str, loaded: LoadedModel) -> str:

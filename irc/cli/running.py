@@ -9,7 +9,11 @@ import typer
 
 from irc.cli.models import load_calibration, load_model
 from irc.cli.programs import CalibrationOption, Model, ResumeOption, Verify, VerifyOption
-from irc.cli.serving import DraftOption, DraftTargetOption, draft_of
+from irc.cli.ready import DraftOption, DraftTargetOption, RunnableModel, TargetOption, draft_of, make_ready
+
+PassesOption = Annotated[
+    str | None, typer.Option("--passes", "-p", help="Pipeline of passes.", show_default="the target's own")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -22,7 +26,7 @@ def compile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to save the artifact.")],
     target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
-    passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
+    passes: PassesOption = None,
     verify: VerifyOption = Verify.EACH,
     dump_dir: Annotated[
         Path | None, typer.Option(help="Write the program after each pass to numbered files here.")
@@ -60,7 +64,7 @@ def compile(
         loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
         verify=verify.value, tokenizer=loaded.tokenizer, dump_dir=dump_dir,
         calibration=load_calibration(calibration, loaded), pass_options={"resume": resume},
-        options=_options(option or []), tune=tune,
+        options=_options(option or []), tune=tune, name=loaded.name,
     )  # fmt: skip
     Console().print(compiled.report)
     compiled.save(output)
@@ -68,7 +72,7 @@ def compile(
 
 
 def generate(
-    model: Model,
+    model: RunnableModel,
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to go on from; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens to make.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
@@ -77,8 +81,8 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this probability.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
-    passes: Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: the target's own.")] = None,
+    target: TargetOption = None,
+    passes: PassesOption = None,
     draft: DraftOption = None,
     draft_target: DraftTargetOption = None,
     verify: VerifyOption = Verify.OFF,
@@ -92,19 +96,13 @@ def generate(
         irc generate demo --prompt 'import os' --prompt 'class Queue' --temperature 0.8 --top-p 0.95 --seed 1
 
         irc generate demo --prompt 'import os' --draft draft --draft-target cpu
+
+        irc generate demo.irca --prompt 'import os'
     """
-    from irc.compiler import compile as compile_model
-    from irc.core.errors import OptionError
     from irc.runtime.results import FinishReason
 
-    loaded = load_model(model)
-    if loaded.tokenizer is None:
-        raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
-    compiled = compile_model(
-        loaded.model, passes=passes, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
-        verify=verify.value, tokenizer=loaded.tokenizer,
-    )  # fmt: skip
-    guessing = draft_of(draft, draft_target or target)
+    compiled, _ = make_ready(model, passes, target, verify=verify.value)
+    guessing = draft_of(draft, draft_target or compiled.target.name)
     streaming = len(prompt) == 1
     if streaming:
         typer.echo(prompt[0], nl=False)

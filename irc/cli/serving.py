@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from irc.cli.models import load_model, served_name
-from irc.cli.programs import Model
-
-if TYPE_CHECKING:
-    from irc.compiled import Compiled
+from irc.cli.ready import DraftOption, DraftTargetOption, RunnableModel, TargetOption, draft_of, make_ready
 
 Memory = Annotated[str | None, typer.Option("--memory", help="Most memory of the cache, such as 512M or 2G.")]
-Passes = Annotated[str | None, typer.Option("--passes", "-p", help="Pipeline; default: a paged key-value cache.")]
-DraftOption = Annotated[
-    str | None, typer.Option("--draft", help="Speculative decoding: 'ngram', or a smaller model of the same tokens.")
-]
-DraftTargetOption = Annotated[
-    str | None, typer.Option("--draft-target", help="What the draft model is lowered to; default: as the model.")
+Passes = Annotated[
+    str | None, typer.Option("--passes", "-p", help="Pipeline of passes.", show_default="a paged key-value cache")
 ]
 MaxSequences = Annotated[int, typer.Option("--max-sequences", min=1, help="Most sequences that run at once.")]
-_PAGED = "insert-kv-cache{layout=paged}"
 
 
 def register(app: typer.Typer) -> None:
@@ -33,12 +24,12 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    model: Model,
+    model: RunnableModel,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model; default: as here.")] = None,
     passes: Passes = None,
-    target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
+    target: TargetOption = None,
     draft: DraftOption = None,
     draft_target: DraftTargetOption = None,
     memory: Memory = None,
@@ -58,18 +49,16 @@ def serve(
         irc serve demo
 
         irc serve demo -p 'quantize-weights{bits=8},insert-kv-cache{layout=paged}' --draft ngram --port 8080
+
+        irc serve demo.irca
     """
-    from irc.core.errors import OptionError
     from irc.serving import Serving, require_free, serve_forever
 
     require_free(host, port)
-    loaded = load_model(model)
-    if loaded.tokenizer is None:
-        raise OptionError(f"{model} comes without a tokenizer: a server needs one")
-    compiled = _compiled(loaded, passes, target)
+    compiled, own_name = make_ready(model, passes, target, paged=True)
     serve_forever(
         Serving(
-            compiled, name=name or served_name(model, loaded), draft=draft_of(draft, draft_target or target),
+            compiled, name=name or own_name, draft=draft_of(draft, draft_target or compiled.target.name),
             memory_bytes=read_bytes(memory), max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
             max_requests=max_requests, max_new_tokens=max_tokens, timeout_s=timeout, api_key=api_key,
             folder=_folder(model),
@@ -79,11 +68,11 @@ def serve(
 
 
 def batch(
-    model: Model,
+    model: RunnableModel,
     source: Annotated[Path, typer.Argument(help="JSON lines, each with a prompt.", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where answers are added, as JSON lines.")],
     passes: Passes = None,
-    target: Annotated[str, typer.Option("--target", "-t", help="What to lower to; see 'irc targets'.")] = "reference",
+    target: TargetOption = None,
     draft: DraftOption = None,
     draft_target: DraftTargetOption = None,
     memory: Memory = None,
@@ -97,16 +86,13 @@ def batch(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from irc.core.errors import OptionError
     from irc.runtime.batch_files import run_batch
     from irc.runtime.engine import Engine, EngineOptions
 
-    loaded = load_model(model)
-    if loaded.tokenizer is None:
-        raise OptionError(f"{model} comes without a tokenizer: text cannot be turned into tokens")
-    compiled = _compiled(loaded, passes, target)
+    compiled, _ = make_ready(model, passes, target, paged=True)
     options = EngineOptions(memory_bytes=read_bytes(memory), max_sequences=max_sequences)
-    engine = Engine(compiled.paged_model(), options, compiled.speculation(draft_of(draft, draft_target or target)))
+    guessing = draft_of(draft, draft_target or compiled.target.name)
+    engine = Engine(compiled.paged_model(), options, compiled.speculation(guessing))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("answering", total=None)
@@ -115,32 +101,11 @@ def batch(
             bar.update(task, completed=done, total=total)
 
         result = run_batch(
-            engine, source, output, tokenizer=loaded.tokenizer, end_tokens=compiled.eos, progress=progress
+            engine, source, output, tokenizer=compiled.tokenizer, end_tokens=compiled.eos, progress=progress
         )
     typer.echo(f"{result.answered} answered, {result.failed} failed, {result.skipped} were answered before → {output}")
     if result.failed:
         raise typer.Exit(1)
-
-
-def _compiled(loaded: Any, passes: str | None, target: str) -> Compiled:
-    from irc.compiler import compile as compile_model
-    from irc.passes.attention.insert_kv_cache import InsertKVCache
-
-    pipeline: Any = passes
-    if passes is None:
-        # Encoders have no cache: they serve embeddings as they are.
-        pipeline = [] if InsertKVCache().requires(loaded.program()) else _PAGED
-    return compile_model(
-        loaded.model, passes=pipeline, target=target, example_inputs=loaded.example_inputs, dynamic=loaded.dynamic,
-        verify="off", tokenizer=loaded.tokenizer,
-    )  # fmt: skip
-
-
-def draft_of(draft: str | None, target: str) -> Any:
-    """What `--draft` names, as `Compiled.speculation` takes it: None, `ngram`, or a model, compiled for the target."""
-    if draft is None or draft == "ngram":
-        return draft
-    return _compiled(load_model(draft), _PAGED, target)
 
 
 def _folder(model: str) -> Path | None:

@@ -25,9 +25,10 @@ _SMALL_LENGTH = 5
 # Rounding steps of the coarsest type in use that a lowering may differ by, relative to the largest value:
 # other kernels add up in another order.
 _SLACK = 256
-# Where values are quantized at run time, one that lies on a tie may round the other way for a difference of one bit:
-# outputs may then differ by a few steps of that format.
-_STEPS = 2
+# Where values are quantized at run time, one that lies on a tie may round the other way for a difference of one bit,
+# and so may others behind it: outputs may then differ by a few steps of that format. The demo model in 4 bits with int8
+# activations, run by PyTorch, moves by 2.4 to 3.6 steps where its norms change by 1e-7 to 1e-5 of their size.
+_STEPS = 4
 # What PyTorch raises when a program is run at sizes it does not accept.
 _RUN_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 

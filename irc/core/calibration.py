@@ -26,7 +26,11 @@ _TENSOR_SUFFIXES = frozenset({".safetensors", ".npy"})
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches of inputs, each a tuple with one value for every input of the program.
+    """Batches of inputs, each a tuple with one value for every input of the program: what quantizers calibrate on.
+
+        CalibrationData.of(ids)                                   # i64[N, S], cut into batches
+        CalibrationData.of(text, tokenizer=tokenizer, length=512) # windows of tokens
+        CalibrationData.of("samples/")                            # a folder; also data sets, data loaders
 
     Attributes:
         batches: in the order they are run.
@@ -176,7 +180,7 @@ class CalibrationData:
         """
         root = Path(folder)
         if not root.is_dir():
-            raise OptionError(f"calibration folder {root} does not exist")
+            raise OptionError(f"calibration folder {root} does not exist (text itself needs a tokenizer=… beside it)")
         files = sorted(p for p in root.rglob("*") if p.is_file())
         if tokenizer is not None:
             texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if p.suffix in _TEXT_SUFFIXES]

@@ -164,11 +164,19 @@ class Pass:
         """Exact, unless the pass says otherwise: as a class variable, or here where its options decide."""
         return EXACT
 
-    def get_ready(self) -> None:
+    def get_ready(self, num_weights: int, num_bytes: int) -> int:
         """Told when much work lies ahead (a large model is about to be captured): start what `run` will need.
 
-        What takes long belongs in a thread; `run` must give the same numbers without it.
+        What takes long belongs in a thread; `run` must give the same numbers without it. `irc.core.memory.expect`
+        has memory found for weights that it will make.
+
+        Args:
+            num_weights, num_bytes: of the model as this pass will find it, roughly.
+
+        Returns:
+            Bytes of all weights behind this pass, roughly.
         """
+        return num_bytes
 
     def requires(self, program: Program) -> list[str]:
         """Problems that keep the pass from running, all at once; empty when it may run."""

@@ -135,7 +135,7 @@ def build_pass(spec: PassSpec, problems: list[str]) -> Pass | None:
     try:
         return cls(**given)
     except (OptionError, ValueError) as error:
-        problems.append(f"pass {spec.name!r}: {error}")
+        problems.append(f"pass {spec.name!r}: {str(error).removeprefix(f'{spec.name}: ')}")
         return None
 
 

@@ -14,7 +14,10 @@ def read_yaml_file(path: Path, problems: list[str]) -> list[PassSpec]:
     """Read a file; what is wrong is added to `problems`."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        problems.append(f"cannot read {path}: {error.strerror}")
+        return []
+    except UnicodeDecodeError as error:
         problems.append(f"cannot read {path}: {error}")
         return []
     return parse_yaml(text, problems)

@@ -32,7 +32,23 @@ from irc.core.typed_graph import is_size as is_size
 class Program(TypedGraph):
     """A captured model: a typed graph that runs, copies itself, and is written and printed.
 
-    Attributes: those of `TypedGraph`.
+        program = irc.capture(model, (x,), dynamic=({0: "B"},))
+        program(x)          # as the model; program.run(*flat) takes and gives flat lists
+        print(program)      # every operation with its type and source line; irc.parse reads it back
+        program.weights     # name → tensor, shared between stages and never written to
+
+    Get one from `irc.capture`, `irc.from_onnx`, `irc.from_gguf`, `irc.load` or `irc.parse`, not from the constructor.
+
+    Attributes:
+        graph_module: the FX graph and its weights. Passes edit `program.graph_module.graph` with ordinary FX calls.
+        name: for people and file names.
+        dims: dynamic dimensions by name.
+        example_inputs: flat example inputs, one for each placeholder, or None.
+        aliases: output index → input index, where an output is the next state of an input (caches).
+        metadata: JSON values that describe the program (for example `{"kv_cache": {...}}`).
+        tied: other names of weights, as the model's state dict had them: alias → name in the graph.
+
+    `TypedGraph` describes the others.
     """
 
     # ---------------------------------------------------------------- running

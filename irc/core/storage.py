@@ -61,7 +61,8 @@ def load(folder: str | Path) -> Program:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise StorageError(f"there is no program folder {folder}")
+        reason = "is no folder" if folder.exists() else "does not exist"
+        raise StorageError(f"{folder} {reason}: a program or an artifact is a folder that irc wrote")
     path = folder / MANIFEST
     if not path.is_file():
         raise StorageError(f"{folder} is no program folder: it has no {MANIFEST}")

@@ -226,6 +226,13 @@ class Target(abc.ABC):
         """As `check`, for targets whose options change what they have kernels for."""
         return self.check(program)
 
+    def get_ready(self, num_bytes: int, options: Options | None) -> None:  # noqa: B027 (nothing, by default)
+        """Told when a large model is about to be captured: start what `lower` will need, as `Pass.get_ready` does.
+
+        Args:
+            num_bytes: of the weights that it will lower, roughly.
+        """
+
     @abc.abstractmethod
     def lower(self, program: Program, options: Options | None = None) -> Artifact:
         """Lower a program, which stays as it is.

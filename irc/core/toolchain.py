@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,6 +95,7 @@ class Build:
         name: of the file.
         version: of what the source includes: part of the object's identity.
         units: options of each unit that the source can be compiled as, side by side; without them it is compiled whole.
+        first: the header that the source begins with, where that may be precompiled.
     """
 
     source: str
@@ -102,6 +105,7 @@ class Build:
     name: str = "program"
     version: str = ""
     units: tuple[tuple[str, ...], ...] = ()
+    first: Precompiled | None = None
 
     def place(self) -> Path:
         """Where the object is, or will be.
@@ -109,9 +113,9 @@ class Build:
         Raises:
             TargetError: there is no compiler.
         """
-        options = [self.version, compiler_version(require_compiler()), platform.machine(), str(self.shared),
-                   *self._options(), *map(str, self.units)]  # fmt: skip
-        key = hashlib.sha256("\0".join([self.source, *options]).encode()).hexdigest()[:32]
+        key = _key(
+            [self.source, self.version, str(self.shared), *_options(self.isa, self.flags), *map(str, self.units)]
+        )
         return cache_folder() / "cpp" / key / (f"{self.name}.so" if self.shared else self.name)
 
     def make(self) -> Path:
@@ -123,12 +127,89 @@ class Build:
         target = self.place()
         if not target.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
-            command = [require_compiler(), *self._options()]
+            first = self.first.folder() if self.first is not None else None
+            command = [require_compiler(), *([] if first is None else [f"-I{first}"]), *_options(self.isa, self.flags)]
             _compile(command, ["-shared"] if self.shared else [], self.source, self.units, target)
+            if self.first is not None and first is None:
+                self.first.start()  # for the next one
         return target
 
-    def _options(self) -> list[str]:
-        return [*COMMON, *ISA_FLAGS[self.isa], *self.flags]
+
+_PRECOMPILED = "precompiled-"
+# Of headers (50 MB each) in the cache; older ones go when one is made.
+_KEPT = 4
+# Seconds after which whoever began to make one, and did not finish, is taken to have been stopped.
+_GIVEN_UP = 120
+
+
+@dataclass(frozen=True)
+class Precompiled:
+    """A header in the form that g++ reads it into; other compilers read it anew each time.
+
+    g++ takes it by itself where it is found before the header, its options and macros are the same, and nothing stands
+    before it in the source; else it goes on to the header.
+
+    Attributes:
+        header: its file.
+        included: the name by which sources include it.
+        isa, flags: as of the build.
+        version: of the header and what it includes.
+    """
+
+    header: Path
+    included: str
+    isa: str
+    flags: tuple[str, ...]
+    version: str
+
+    def folder(self) -> Path | None:
+        """The folder for the compiler to search first; None where nothing was made yet."""
+        place = self._place()
+        return place if place is not None and (place / f"{self.included}.gch").is_file() else None
+
+    def start(self) -> None:
+        """Make it in a process of its own, which goes on when this one ends, unless somebody did or does."""
+        place = self._place()
+        made = None if place is None else place / f"{self.included}.gch"
+        if place is None or made is None or made.is_file() or len(os.sched_getaffinity(0)) == 1:
+            return
+        begun = made.with_suffix(".begun")
+        command = [require_compiler(), *_options(self.isa, self.flags), "-x", "c++-header", "-o", f"{begun}.gch",
+                   str(self.header)]  # fmt: skip
+        script = 'to=$1; from=$2; shift 2; nice "$@" && mv "$from" "$to"'
+        nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+        # Builds do without where somebody else has begun, or the cache cannot be written to.
+        with contextlib.suppress(OSError):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            if begun.exists() and time.time() - begun.stat().st_mtime > _GIVEN_UP:
+                begun.unlink()
+            begun.touch(exist_ok=False)
+            _remove_old(place.parent)
+            # Not by `subprocess`, which minds that nobody waits for it.
+            os.posix_spawn("/bin/sh", ["/bin/sh", "-c", script, "sh", str(made), f"{begun}.gch", *command], os.environ,
+                           file_actions=nothing)  # fmt: skip
+
+    def _place(self) -> Path | None:
+        compiler = find_compiler()
+        if compiler is None or "clang" in compiler_version(compiler):
+            return None
+        key = _key([self.version, str(self.header), *_options(self.isa, self.flags)])
+        return cache_folder() / "cpp" / f"{_PRECOMPILED}{key}"
+
+
+def _remove_old(folder: Path) -> None:
+    """Precompiled headers but for the newest."""
+    for old in sorted(folder.glob(f"{_PRECOMPILED}*"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _options(isa: str, flags: Sequence[str]) -> list[str]:
+    return [*COMMON, *ISA_FLAGS[isa], *flags]
+
+
+def _key(parts: Sequence[str]) -> str:
+    whole = [*parts, compiler_version(require_compiler()), platform.machine()]
+    return hashlib.sha256("\0".join(whole).encode()).hexdigest()[:32]
 
 
 def _compile(

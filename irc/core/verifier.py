@@ -31,9 +31,13 @@ _NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
 
 
 def verify(program: Program, *, provenance: bool = False) -> None:
-    """Raise `VerificationError` with every broken rule; return if the program is sound.
+    """Check that a program keeps the rules of the IR: structure, types, weights. Numbers are not compared.
 
-    `provenance`: also demand that every operation knows its source, as it does after capture.
+    Args:
+        provenance: also demand that every operation knows its source, as it does after capture.
+
+    Raises:
+        VerificationError: with every broken rule.
     """
     findings = find_problems(program, provenance=provenance)
     if not findings:

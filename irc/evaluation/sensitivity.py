@@ -54,7 +54,7 @@ def sensitivity(
     seed: int = 0,
     progress: Progress | bool | None = None,
 ) -> Sensitivity:
-    """Damage of each format to each layer.
+    """Damage of each format to each layer, one layer quantized at a time: what `irc.assign_bits` chooses formats by.
 
     Args:
         program: with its weights in full precision, before a key-value cache is inserted.
@@ -62,7 +62,9 @@ def sensitivity(
         bits, group_size: candidate formats `int<bits>.g<group_size>` (None: a scale a row). A row that the group size
             does not divide gets one scale.
         formats: candidate formats as text instead, for example `["int4.row", "uint4.g32.asym"]`.
-        metric: the measure; see above.
+        metric: `sqnr`: noise over signal of each layer's outputs, by one run over the data. `second-order`: estimated
+            KL divergence in nats, by one run forwards and backwards. `kl`: measured, by nearly a run for each layer and
+            format. The module's docstring has the formulas.
         scale_dtype: what scales are stored in, `f32` or `f16`: counts for sizes.
         resume: JSON file that results are kept in as they come; a killed run goes on from there.
         seed: of the labels that `second-order` draws.

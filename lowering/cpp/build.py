@@ -11,12 +11,14 @@ from pathlib import Path
 from irc.core.toolchain import COMMON as COMMON
 from irc.core.toolchain import ISA_FLAGS as ISA_FLAGS
 from irc.core.toolchain import Build as Build
+from irc.core.toolchain import Precompiled, compiler_version, require_compiler
 from irc.core.toolchain import cache_folder as cache_folder
-from irc.core.toolchain import compiler_version, require_compiler
 from irc.core.toolchain import find_compiler as find_compiler
 from irc.core.toolchain import supported_isas as supported_isas
 
 INCLUDE = Path(__file__).resolve().parent / "include"
+# What printed sources include first.
+_FIRST = "irc/program.h"
 
 
 @functools.cache
@@ -48,4 +50,18 @@ def building(source: str, *, isa: str, shared: bool = True, flags: Sequence[str]
     while f"IRC_UNIT == {count}\n" in source:
         count += 1
     units = () if count == 1 else tuple((f"-DIRC_UNIT={number}",) for number in range(count))
-    return Build(source, isa, shared, (f"-I{INCLUDE}", *flags), name, _headers_hash(), units)
+    # Builds with flags of their own are rare: each kind would need a header of its own.
+    first = _precompiled(isa) if source.startswith(f'#include "{_FIRST}"\n') and not flags else None
+    return Build(source, isa, shared, (f"-I{INCLUDE}", *flags), name, _headers_hash(), units, first)
+
+
+def precompile(isa: str) -> None:
+    """Have the header that printed sources begin with precompiled, beside other work, unless that was done.
+
+    It saves 0.8 of the 1.2 seconds that a compiler needs to read a unit.
+    """
+    _precompiled(isa).start()
+
+
+def _precompiled(isa: str) -> Precompiled:
+    return Precompiled(INCLUDE / _FIRST, _FIRST, isa, (f"-I{INCLUDE}",), _headers_hash())

@@ -14,15 +14,11 @@ from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Kernel
 
-_HEAD = """#include <cmath>
+_HEAD = """#include "irc/program.h"
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
 #include <vector>
-#include "irc/isa.h"
-#include "irc/pool.h"
 #include "irc/pool_impl.h"
-#include "irc/elementwise.h"
 
 """
 _MAIN = """

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from irc.core.errors import OptionError, StorageError, TargetError
+from irc.core.memory import large_memory
 from irc.core.program import describe, dtype_from_name, dtype_name
-from irc.lowering.cpu.weights import large_memory
 
 SizeFunction = Callable[[Sequence[int]], Any]
 

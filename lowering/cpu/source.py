@@ -21,7 +21,7 @@ from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.sites import Memory
 
-_INCLUDES = ("cmath", "cstring", "limits", "irc/isa.h", "irc/pool.h", "irc/elementwise.h")
+_INCLUDES = ("irc/program.h",)
 INTERFACE = """
 extern "C" {
 #define IRC_EXPORT __attribute__((visibility("default")))

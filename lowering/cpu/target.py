@@ -15,11 +15,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from irc.core import memory
 from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
 from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
-from irc.lowering.cpp.build import Build, building, find_compiler, require_compiler
+from irc.lowering.cpp.build import Build, building, find_compiler, precompile, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
 from irc.lowering.cpu.barriers import Private, find_private
@@ -59,6 +60,12 @@ class CpuTarget(Target):
 
     def check_with(self, program: Program, options: Options | None) -> Coverage:
         return check(program, read_options(CpuOptions, options, what="target cpu"))
+
+    def get_ready(self, num_bytes: int, options: Options | None) -> None:
+        memory.expect(num_bytes)
+        chosen = read_options(CpuOptions, options, what="target cpu")
+        if not chosen.flags:
+            precompile(choose_isa(chosen.isa))
 
     def lower(self, program: Program, options: Options | None = None) -> CpuArtifact:
         chosen = read_options(CpuOptions, options, what="target cpu")

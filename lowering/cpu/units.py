@@ -15,8 +15,8 @@ from irc.lowering.cpp.function import PrintedFunction
 UNITS = 2
 # From so many functions on, a kind of template is instantiated in every unit: they take longer than reading it twice.
 _MANY = 8
-# Rough seconds of a build: what a kind of template takes to read, and each function of it or printed as loops.
-_KIND_COST, _TEMPLATE_COST, _LOOPS_COST = 2.0, 0.3, 0.1
+# Rough seconds of a build: the step; reading a kind of template; a function of it, of attention, or printed as loops.
+_STEP_COST, _KIND_COST, _TEMPLATE_COST, _ATTENTION_COST, _LOOPS_COST = 0.4, 0.5, 0.15, 1.2, 0.1
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Unit:
 
 
 def in_units(functions: Sequence[tuple[str, PrintedFunction]]) -> list[Unit]:
-    """The functions in units of about the same cost; the first has room for the step. One unit if that is enough."""
+    """The functions in units of about the same cost, the first with the step. One unit if that is enough."""
     kinds: dict[tuple[str, ...], list[tuple[str, PrintedFunction]]] = {}
     for name, function in functions:
         kinds.setdefault(function.includes, []).append((name, function))
@@ -47,17 +47,23 @@ def in_units(functions: Sequence[tuple[str, PrintedFunction]]) -> list[Unit]:
         whole = Unit()
         whole.add(functions, 0.0)
         return [whole]
-    units = [Unit() for _ in range(UNITS)]
-    units[0].add(loops, 1.0 + _LOOPS_COST * len(loops))
-    for own in sorted(kinds.values(), key=len, reverse=True):
-        cost = _KIND_COST + _TEMPLATE_COST * len(own)
-        if len(own) < _MANY:
-            min(units, key=lambda unit: unit.cost).add(own, cost)
-            continue
-        for number, unit in enumerate(units):
-            share = own[number::UNITS]
-            unit.add(share, _KIND_COST + _TEMPLATE_COST * len(share))
+    units = [Unit(cost=_STEP_COST), *(Unit() for _ in range(UNITS - 1))]
+    for own in sorted(kinds.values(), key=_cost, reverse=True):
+        if len(own) >= _MANY:
+            for number, unit in enumerate(units):
+                unit.add(own[number::UNITS], _cost(own[number::UNITS]))
+        elif any("irc::" in function.scratch for _, function in own):
+            units[0].add(own, _cost(own))  # the step calls what its headers define
+        else:
+            min(units, key=lambda unit: unit.cost).add(own, _cost(own))
+    for one in loops:
+        min(units, key=lambda unit: unit.cost).add([one], _LOOPS_COST)
     return units
+
+
+def _cost(functions: Sequence[tuple[str, PrintedFunction]]) -> float:
+    attention = any("attention" in header for _, function in functions for header in function.includes)
+    return _KIND_COST + (_ATTENTION_COST if attention else _TEMPLATE_COST) * len(functions)
 
 
 def print_units(units: Sequence[Unit], main: str, includes: Sequence[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from irc.core.errors import TargetError
+from irc.core.memory import large_memory
 
 ALIGNMENT = 64
 
@@ -59,16 +58,3 @@ class WeightBlock:
                 raise TargetError(f"{name} has {data.numel()} bytes, its place {place.numel()}")
             place.copy_(data)
         return block
-
-
-def large_memory(num_bytes: int) -> Tensor:
-    """u8[num_bytes] of zeros, in huge pages where the system has them.
-
-    A step reads all weights, and what it keeps between layers: with small pages, finding each page takes a tenth to a
-    third of the time (measured under virtualization, where a page is looked up twice).
-    """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones do, slower
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 from irc.core.errors import TargetError
 from irc.core.kv_cache import KVCache
@@ -44,6 +45,12 @@ def describe(program: Program) -> Transformer:
         raise TargetError(
             f"program {program.name} has {len(program.placeholders)} inputs and {len(outputs)} outputs; a GGUF"
             " model has token ids and one output"
+        )
+    tokens = program.placeholders[0].meta[VAL]
+    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point:
+        raise TargetError(
+            f"program {program.name} reads {program.type_text(program.placeholders[0])}, not token ids: GGUF files are"
+            " language models and text encoders"
         )
     return _Description(program).read(outputs[0])
 

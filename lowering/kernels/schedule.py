@@ -24,6 +24,8 @@ AxisRange = tuple[sympy.Symbol, sympy.Expr]
 MIN_SPLIT = 8
 """Axes are split at divisions by at least this much: shorter inner loops cost more than the division."""
 PARALLEL_TILE = 4096
+LANE_PIECES = (512, 256, 448, 320, 128, 192, 224, 160, 64, 96, 80, 112, 48, 32)
+"""Lengths of the pieces that `_long_lanes` takes, the best first."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def build_kernel(name: str, items: Sequence[Item], outer: Sequence[AxisRange], r
         if not split:
             break
     items, outer = _merge_axes(items, outer, ranges)
+    items, outer = _long_lanes(items, outer, ranges)
     # A lone elementwise store: its one remaining axis is both parallel and vector.
     flat = [i.axes for i in items] if not outer else []
     if len(items) == 1 and flat and len(flat[0]) == 1 and not reductions(*items[0].values):
@@ -283,6 +286,31 @@ def _split_axes(
 
     changed = [i.mapped(tuple(cut(i.axes)), lambda v: substitute(v, mapping, ranges)) for i in items]
     return changed, cut(outer), True
+
+
+def _long_lanes(
+    items: list[Item], outer: list[AxisRange], ranges: dict[sympy.Symbol, sympy.Expr]
+) -> tuple[list[Item], list[AxisRange]]:
+    """A lone elementwise store whose last axis has a few elements: a piece of the axis before it goes inside.
+
+    So an image whose three channels lie apart is quantized pixel by pixel in lanes. Lanes read what lies together.
+    """
+    if len(items) != 1 or len(outer) < 1 or len(items[0].axes) != len(outer) + 1 or reductions(*items[0].values):
+        return items, outer
+    item = items[0]
+    (x, long), (_, short) = outer[-1], item.axes[-1]
+    if not (short.is_Integer and short < MIN_SPLIT and long.is_Integer) or item.axes[:-1] != tuple(outer):
+        return items, outer
+    if item.when is not None or _contiguous(item.value, item.axes[-1][0]) or not _contiguous(item.value, x):
+        return items, outer
+    size = next((n for n in LANE_PIECES if long % n == 0 and long > n), None)
+    if size is None:
+        return items, outer
+    high, low = index_symbol(f"{x}_o"), index_symbol(f"{x}_i")
+    ranges[high], ranges[low] = long / size, sympy.Integer(size)
+    above = [*outer[:-1], (high, ranges[high])]
+    axes = (*above, item.axes[-1], (low, ranges[low]))
+    return [item.mapped(axes, lambda value: substitute(value, {x: high * size + low}, ranges))], above
 
 
 def _merge_axes(

@@ -24,6 +24,8 @@ from irc.lowering.onnx.target import OnnxTarget
 
 _CONFIG_FILE = "genai_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+_WRITERS = ("save_pretrained", "save")
+"""Methods that write a tokenizer: into a folder (transformers), or to `tokenizer.json` (tokenizers)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,13 @@ class GenaiOptions(OnnxOptions):
     """Options of the target, beside those of `onnx`.
 
     Attributes:
-        tokenizer: a folder with `tokenizer.json` (as `save_pretrained` writes it) or that file; None: ids only.
+        tokenizer: a folder with `tokenizer.json` (as `save_pretrained` writes it) or that file, or a tokenizer of
+            `tokenizers` or transformers; None: ids only.
         bos_token_id, eos_token_ids, pad_token_id: generation ends at an eos token.
     """
 
     flavour: str = "ort"
-    tokenizer: str | Path | None = None
+    tokenizer: Any = None
     bos_token_id: int = 0
     eos_token_ids: Sequence[int] = ()
     pad_token_id: int = 0
@@ -45,8 +48,14 @@ class GenaiOptions(OnnxOptions):
         super().__post_init__()
         if self.flavour != "ort":
             raise OptionError(f"target onnx-genai: flavour must be ort, not {self.flavour!r}")
-        if self.tokenizer is not None and not Path(self.tokenizer).exists():
-            raise OptionError(f"target onnx-genai: tokenizer {self.tokenizer} does not exist")
+        if isinstance(self.tokenizer, str | Path):
+            if not Path(self.tokenizer).exists():
+                raise OptionError(f"target onnx-genai: tokenizer {self.tokenizer} does not exist")
+        elif self.tokenizer is not None and not any(hasattr(self.tokenizer, name) for name in _WRITERS):
+            raise OptionError(
+                "target onnx-genai: tokenizer is a path or a tokenizer of tokenizers or transformers, not"
+                f" {self.tokenizer!r}"
+            )
 
 
 class GenaiArtifact(OnnxArtifact):
@@ -141,19 +150,23 @@ class GenaiTarget(OnnxTarget):
         }
         settings = genai.config(program, cache, MODEL_FILE, tokens, chosen.threads)
         (folder / _CONFIG_FILE).write_text(json.dumps(settings, indent=2))
-        _copy_tokenizer(chosen, folder)
+        _write_tokenizer(chosen.tokenizer, folder)
         write_model(model, folder / MODEL_FILE)
         return GenaiArtifact(folder / MODEL_FILE, chosen, temporary=True)
 
 
-def _copy_tokenizer(options: GenaiOptions, folder: Path) -> None:
-    if options.tokenizer is None:
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is None:
         return
-    source = Path(options.tokenizer)
-    root = source if source.is_dir() else source.parent
-    found = [root / name for name in _TOKENIZER_FILES if (root / name).is_file()]
-    for file in found:
-        shutil.copyfile(file, folder / file.name)
+    if isinstance(tokenizer, str | Path):
+        root = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+        for file in (root / name for name in _TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    else:
+        tokenizer.save(str(folder / _TOKENIZER_FILES[0]))
     if not (folder / "tokenizer_config.json").exists():
         # Byte-level BPE and the like are read from tokenizer.json alone under this name.
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

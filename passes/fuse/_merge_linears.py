@@ -13,6 +13,7 @@ from torch import Tensor
 
 from irc.core import formats
 from irc.core.contract import Finding, PassResult
+from irc.core.memory import empty
 from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import VAL, Program
@@ -130,7 +131,9 @@ def _join_biases(
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return trainable_like(torch.cat([t.detach() for t in tensors]), *tensors)
+    parts = [t.detach() for t in tensors]
+    stacked = empty((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].dtype, parts[0].device)
+    return trainable_like(torch.cat(parts, out=stacked), *tensors)
 
 
 def check_merged(before: Program, result: PassResult) -> list[Finding]:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Skip, register_pass
+from irc.core.memory import expect
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.passes._weights import weight_uses
@@ -28,6 +29,10 @@ class MergeGateUp(Pass):
     """
 
     name: ClassVar[str] = "merge-gate-up"
+
+    def get_ready(self, num_weights: int, num_bytes: int) -> int:
+        expect(num_bytes // 2)
+        return num_bytes
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         matches, skips = 0, []

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Skip, register_pass
+from irc.core.memory import expect
 from irc.core.ops.registry import find_op
 from irc.core.program import Program
 from irc.passes._weights import weight_uses
@@ -33,6 +34,10 @@ class MergeQkv(Pass):
     """
 
     name: ClassVar[str] = "merge-qkv"
+
+    def get_ready(self, num_weights: int, num_bytes: int) -> int:
+        expect(num_bytes // 10)
+        return num_bytes
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         matches, skips = 0, []

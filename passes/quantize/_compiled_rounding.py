@@ -2,8 +2,8 @@
 
 PyTorch needs some twenty passes over each block of numbers and as many temporaries; compiled, it is one of each for
 quantizing and for the check, four times as fast. Building takes about two seconds, once on a machine; `start_building`
-does that beside other work. Where it is not ready, has no compiler, or does not take the format, the callers do it in
-PyTorch.
+does that beside other work. Where that was not called, there is no compiler, or the format is another one, the callers
+do it in PyTorch.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def start_building() -> None:
 
 
 def ready() -> ctypes.CDLL | None:
-    """The built code, once it is there."""
+    """The built code, where building it was started: the end of that is waited for, as PyTorch would take longer."""
     building = _building.cache_info().currsize and _building()
-    return building.result() if building and building.done() else None
+    return building.result() if building else None
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from irc.core.formats import Format, Parts, QuantFormat, dequantize_tensor
+from irc.core.memory import empty
 from irc.passes.quantize._compiled_rounding import quantize_rows, worst_error
 
 # Numbers a block: small enough for the blocks' temporaries to stay in the cache.
@@ -25,8 +26,8 @@ def round_to_nearest(
     rows, width = weight.shape
     scale_shape = chosen.scale_shape((rows, width))
     device = weight.device
-    stored = torch.empty(chosen.stored_shape((rows, width)), dtype=chosen.storage_dtype, device=device)
-    scale = torch.empty(scale_shape, dtype=scale_dtype, device=device)
+    stored = empty(chosen.stored_shape((rows, width)), chosen.storage_dtype, device)
+    scale = empty(scale_shape, scale_dtype, device)
     zero_point = None if chosen.symmetric else torch.empty(scale_shape, dtype=chosen.zero_point_dtype, device=device)
     if device.type == "meta":
         return stored, scale, zero_point

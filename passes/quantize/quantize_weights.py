@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from irc.core import formats
+from irc.core import formats, memory
 from irc.core.contract import Finding, Pass, PassContext, PassResult, Preserves, Skip, register_pass
 from irc.core.errors import OptionError, ParseError
 from irc.core.formats import (
@@ -138,8 +138,11 @@ class QuantizeWeights(Pass):
                 )
         return problems
 
-    def get_ready(self) -> None:
+    def get_ready(self, num_weights: int, num_bytes: int) -> int:
         start_building()
+        made = int(num_weights * self._format.bits_per_weight(None, _SCALE_DTYPES[self.scale_dtype]) / 8)
+        memory.expect(made)
+        return made
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         skips: list[Skip] = []

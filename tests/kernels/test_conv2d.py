@@ -42,6 +42,7 @@ CASES = (
     (ConvProblem(channels=32, out_channels=35, kernel=(3, 3), winograd=True, activation="bf16", weight="bf16"), 6, 9),
     (ConvProblem(channels=300, out_channels=40, kernel=(1, 1), activation="bf16", weight="bf16"), 9, 11),
     (ConvProblem(channels=66, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
+    (ConvProblem(channels=600, out_channels=42, kernel=(1, 1), groups=2), 9, 11),
 )
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

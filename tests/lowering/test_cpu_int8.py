@@ -18,6 +18,7 @@ from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.kernels.fusion import make_schedule
+from irc.lowering.kernels.kernel import Kernel, Loop
 from irc.lowering.kernels.sites import TemplateCall
 from tests.passes.test_quantize_activations import Residual
 
@@ -69,8 +70,7 @@ def _kinds(program: Program) -> list[str]:
 
 
 def test_layers_over_integers_run_as_integers() -> None:
-    # The depthwise convolution alone reads floats.
-    assert sorted(_kinds(quantized()[0])) == ["conv2d", *["int8_product"] * 6, "max_pool2d"]
+    assert sorted(_kinds(quantized()[0])) == ["int8_depthwise", *["int8_product"] * 6, "max_pool2d"]
 
 
 def test_images_stay_in_8_bits() -> None:
@@ -85,6 +85,83 @@ def test_images_stay_in_8_bits() -> None:
     for call in calls[3:]:  # the shortcut's convolution makes the first sum
         assert "aten.add.Tensor" in {origin.op for origin in call.origins}
         assert {buffer.dtype for buffer in call.extra_reads if buffer.kind == "temporary"} == {"u8"}
+
+
+class Inverted(nn.Module):
+    """The blocks of MobileNetV2: wider, depthwise, narrower, and a sum where the shape stays."""
+
+    SHAPES = ((8, 40, 3, 2), (24, 72, 5, 1))  # channels, in the middle, window, stride
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.expand = nn.ModuleList([nn.Conv2d(few, many, 1) for few, many, _, _ in self.SHAPES])
+        self.each = nn.ModuleList(
+            [nn.Conv2d(many, many, size, stride, size // 2, groups=many) for _, many, size, stride in self.SHAPES]
+        )
+        self.project = nn.ModuleList([nn.Conv2d(many, 24, 1) for _, many, _, _ in self.SHAPES])
+        self.head = nn.Linear(24, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu6(self.stem(x))
+        for expand, each, project in zip(self.expand, self.each, self.project, strict=True):
+            y = project(nn.functional.relu6(each(nn.functional.relu6(expand(x)))))
+            x = x + y if x.shape == y.shape else y
+        return self.head(x.mean((2, 3)))
+
+
+def test_inverted_residuals_stay_in_8_bits() -> None:
+    """From the image to the last sum, and their numbers."""
+    torch.manual_seed(2)
+    x = torch.randn(2, 3, 21, 18)
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = capture(Inverted().eval(), (x,), dynamic=({0: "B"},))
+    program = irc.PassManager(PASSES % 7 + RESIDUALS, verify="off", ctx=ctx).run(program).program
+    calls = _calls(program)
+    assert [call.site.kind for call in calls] == [
+        "int8_product", *["int8_product", "int8_depthwise", "int8_product"] * 2, "int8_product",
+    ]  # fmt: skip
+    assert [call.write.dtype for call in calls] == ["u8"] * 6 + ["f32"] * 2
+    artifact = CPU.lower(program, QUICK)
+    assert artifact.source.count("irc::Requantize<uint8_t") == 6  # bounds of ReLU6 included
+    for given in (x, 3 * torch.randn(3, 3, 21, 18)):
+        (wanted,), (found,) = program.run(given), artifact.run(given)
+        assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+def test_an_image_is_quantized_in_lanes_of_pixels() -> None:
+    """Its three channels lie apart: a loop over them around pieces of rows."""
+    torch.manual_seed(4)
+    x = torch.randn(1, 3, 16, 16)
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = capture(nn.Conv2d(3, 4, 3).eval(), (x,), dynamic=({0: "B"},))
+    program = irc.PassManager(PASSES % 7, verify="off", ctx=ctx).run(program).program
+    own, _ = fold_constants(program, matchers(CpuOptions()))
+    kernel = make_schedule(own, matchers(CpuOptions())).steps[0]
+    assert isinstance(kernel, Kernel)
+    channels = kernel.body[0]
+    assert isinstance(channels, Loop)
+    assert (channels.axis.extent, channels.axis.kind) == (3, "serial")
+    pixels = channels.body[0]
+    assert isinstance(pixels, Loop)
+    assert (pixels.axis.extent, pixels.axis.kind) == (128, "vector")
+    (wanted,), (found,) = program.run(x), CPU.lower(program, QUICK).run(x)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_whole_mobilenet() -> None:
+    """Every convolution of MobileNetV2 reads integers."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    torch.manual_seed(3)
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(tf_padding=False, depth_multiplier=0.35)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = irc.PassManager(PASSES % 7 + RESIDUALS, verify="off", ctx=ctx).run(capture(model, (x,))).program
+    kinds = _kinds(program)
+    assert sorted(set(kinds)) == ["int8_depthwise", "int8_product"]
+    assert kinds.count("int8_depthwise") == 17
+    assert not CPU.check(program).fallbacks
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,19 @@ def test_what_cannot_be_generated_from() -> None:
         GENAI.lower(steps.step(), {"flavour": "portable"})
     with pytest.raises(OptionError, match="tokenizer /nowhere does not exist"):
         GENAI.lower(steps.step(), {"tokenizer": "/nowhere"})
+    with pytest.raises(OptionError, match="tokenizer is a path or a tokenizer of tokenizers or transformers, not 3"):
+        GENAI.lower(steps.step(), {"tokenizer": 3})
+
+
+def test_the_compilations_own_tokenizer_is_written(tmp_path: Path) -> None:
+    import irc
+    from irc.demo.tinypy import load_tokenizer
+
+    tokenizer = load_tokenizer()
+    compiled = irc.compile(steps.step(), [], target="onnx-genai", tokenizer=tokenizer, verify="off")
+    folder = compiled.save(tmp_path / "genai")
+    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(tokenizer.to_str())
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+    given = GENAI.lower(steps.step(), {"tokenizer": folder / "tokenizer.json"}).save(tmp_path / "again")
+    assert (given / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()

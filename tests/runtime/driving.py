@@ -82,7 +82,7 @@ def drive(
             assert output.error == ""
         engine.check()
         if cancel and engine.has_work and rng.random() < cancel:
-            number = rng.choice(list(engine._live))
+            number = rng.choice(list(engine.live))
             engine.cancel(number)
             answers = {key: a for key, a in answers.items() if key[0] != numbers[number]}
             engine.check()

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.fx as fx
+from torch import Tensor
 
 from irc.core import formats
 from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
+from irc.core.program import Program
 from irc.core.target import op_name
 from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
 from irc.lowering.kernels.definitions import Definer
@@ -85,3 +87,29 @@ class Int8Weight:
         ):
             return None
         return Int8Weight(parts[0], parts[1], tuple(nodes))
+
+
+@dataclass(frozen=True)
+class IntegerOperands:
+    """What a layer over integers on both sides is packed from.
+
+    Attributes:
+        name: of the packed operand, in words.
+        integers: the stored weights.
+        scale: [channels], what a sum of each channel is multiplied with.
+        zero: zero point of the activations.
+    """
+
+    name: str
+    integers: Tensor
+    scale: Tensor
+    zero: int
+
+    @staticmethod
+    def of(program: Program, x: StaticInt8, weight: Int8Weight, channels: int) -> IntegerOperands:
+        step = program.weight(x.scale).detach().reshape(())
+        return IntegerOperands(
+            f"{weight.stored.target} × {x.scale.target}", program.weight(weight.stored).detach(),
+            program.weight(weight.scale).detach().float().reshape(-1).expand(channels) * step,
+            0 if x.zero_point is None else int(program.weight(x.zero_point).item()),
+        )  # fmt: skip

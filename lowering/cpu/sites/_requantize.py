@@ -1,13 +1,14 @@
 """Epilogues of integer layers that end in integers, recognised in the kernel IR: `irc/requantize.h` computes them.
 
-    clamp(round(relu(acc + bias + added) / scale) + zero point)
+    clamp(round(bounded(acc + bias + added) / scale) + zero point)
 
-Bias, ReLU and the added tensor may be missing; what is added is f32, or 8-bit integers that are dequantized there (a
-residual sum). Any other epilogue is printed.
+Bias, bounds (ReLU, ReLU6, a clamp) and the added tensor may be missing; what is added is f32, or
+8-bit integers that are dequantized there (a residual sum). Any other epilogue is printed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -45,13 +46,16 @@ class _Terms:
 
 @dataclass(frozen=True)
 class Requantization:
-    """An epilogue of that form."""
+    """An epilogue of that form.
+
+    Attributes:
+        low, high: bounds of the result, in which those of the real number are, too: rounding keeps order.
+    """
 
     scale: float
     zero: int
     low: int
     high: int
-    relu: bool
     terms: _Terms = field(repr=False)
 
     @staticmethod
@@ -77,11 +81,14 @@ class Requantization:
                 scale = reader.number(load)
             case _:
                 return None
-        relu = isinstance(real, Apply) and real.op == "relu"
-        terms = reader.terms(real.operands()[0] if relu else real)
+        inner, least, most = _bounds(real)
+        terms = reader.terms(inner)
         if scale is None or not scale > 0 or terms is None:
             return None
-        return Requantization(scale, int(zero), int(low), int(high), relu, terms)
+        # As the program rounds them: in f32.
+        ends = (torch.tensor([least, most]) / torch.tensor(scale)).round() + zero
+        first, last = ends.clamp(int(low), int(high)).tolist()
+        return Requantization(scale, int(zero), int(first), int(last), terms)
 
     def epilogue(self, call: TemplateCall, weights: WeightBlock, scales: Tensor) -> PrintedEpilogue:
         """The epilogue as C++.
@@ -111,8 +118,8 @@ class Requantization:
         given += [
             ("const float* factors", f"reinterpret_cast<const float*>(arguments.weights + {at})"),
             ("float added_factor", f"{float(torch.tensor(added_factor, dtype=torch.float32))!r}f"),
-            ("float least", f"{max(self.low - self.zero, 0) if self.relu else self.low - self.zero}"),
-            ("float most", f"{self.high - self.zero}"), ("int result_zero", str(self.zero)),
+            ("float least", str(self.low - self.zero)), ("float most", str(self.high - self.zero)),
+            ("int result_zero", str(self.zero)),
         ]  # fmt: skip
         parameters, arguments = zip(*given, strict=True)
         return PrintedEpilogue(text, parameters, arguments, (), takes_sums=True)
@@ -186,6 +193,22 @@ class _Reader:
             return False
         terms.added, terms.added_scale, terms.added_zero = stored.buffer, scale, int(zero)
         return True
+
+
+def _bounds(value: Value) -> tuple[Value, float, float]:
+    """(x, least, most) of a value that is x between two numbers: of a ReLU, of a clamp."""
+    least, most = -math.inf, math.inf
+    while True:
+        match value:
+            case Apply("relu", (inner,)):
+                least = min(max(least, 0.0), most)
+            case Apply("maximum", (inner, Literal(bound))):
+                least = min(max(least, float(bound)), most)
+            case Apply("minimum", (inner, Literal(bound))):
+                most = max(min(most, float(bound)), least)
+            case _:
+                return value, least, most
+        value = inner
 
 
 def _summands(value: Value) -> Iterator[Value]:

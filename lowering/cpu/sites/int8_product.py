@@ -18,7 +18,7 @@ from irc.lowering.cpp.templates import int8_conv2d as template
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments, convolution_function
-from irc.lowering.cpu.sites._integers import BYTES, Int8Weight, StaticInt8
+from irc.lowering.cpu.sites._integers import BYTES, Int8Weight, IntegerOperands, StaticInt8
 from irc.lowering.cpu.sites._linear import Linear, rows_of
 from irc.lowering.cpu.sites._requantize import Requantization
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
@@ -59,14 +59,10 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     x, weight = StaticInt8.of(definer, layer.x), Int8Weight.of(layer.weight)
     assert x is not None
     assert weight is not None
-    name = f"{weight.stored.target} × {x.scale.target} as panels of bytes"
-    zero = 0 if x.zero_point is None else int(program.weight(x.zero_point).item())
-    integers = program.weight(weight.stored).detach()
-    step = program.weight(x.scale).detach().reshape(())
-    scale = program.weight(weight.scale).detach().float().reshape(-1).expand(problem.out_channels) * step
-    shape = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-    weights.add_made(name, template.packed_bytes(problem),
-                     lambda _: template.pack(problem, integers.reshape(shape), scale, zero))  # fmt: skip
+    operands = IntegerOperands.of(program, x, weight, problem.out_channels)
+    name, shape = f"{operands.name} as panels of bytes", (problem.out_channels, -1, *problem.kernel)
+    integers, scale, zero = operands.integers.reshape(shape), operands.scale, operands.zero
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, integers, scale, zero))
     sizes: set[sympy.Symbol] = set()
     args = {"narrow": "true" if template.is_narrow(integers) else "false"}
     if isinstance(layer, Convolution):

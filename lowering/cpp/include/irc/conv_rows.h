@@ -25,194 +25,11 @@
 // sums) the last `count` of its channels, at most 16.
 #pragma once
 
-#include <type_traits>
-
-#include "irc/conv_shape.h"
-#include "irc/fmatmul.h"
+#include "irc/conv_inputs.h"
 
 IRC_BEGIN
 
-constexpr int64_t conv_columns = 256, conv_group = 128, conv_pieces = 16;
-#if defined(IRC_AVX512)
-constexpr bool reads_in_place = false;  // fourteen rows would need as many pointers
-#else
-constexpr bool reads_in_place = true;
-#endif
-
-// Where a block of places starts in the runs of the window. A run is contiguous in memory: one row of the window, or
-// one pixel of it.
-struct RunStart {
-    int64_t run, runs_a_row, row, column, at;
-
-    RunStart(const ConvShape& shape, int64_t place) {
-        const bool whole = shape.groups == 1 && shape.dilation_x == 1;
-        run = shape.group_channels() * (whole ? shape.kernel_x : 1);
-        runs_a_row = whole ? 1 : shape.kernel_x;
-        const int64_t index = place / run;
-        row = index / runs_a_row;
-        column = index % runs_a_row;
-        at = place % run;
-    }
-};
-
-// `length` places under the window at (y, x) of an image whose group starts at `image`; the input ends at `end`.
-template <class Inputs, class Input, class Row>
-inline void gather_window(const ConvShape& shape, const Inputs& inputs, const Input* image, const Input* end,
-                          RunStart start, int64_t y, int64_t x, int64_t length, Row* to) {
-    const int64_t width = shape.group_channels(), run = start.run;
-    const bool all = start.runs_a_row == 1 && length == run * shape.kernel_y;
-    if (all && y >= 0 && x >= 0 && x + shape.kernel_x <= shape.width &&
-        y + (shape.kernel_y - 1) * shape.dilation_y < shape.height) {
-        const Input* from = image + (y * shape.width + x) * shape.channels;
-        for (int64_t i = 0; i < shape.kernel_y; ++i, to += run, from += shape.dilation_y * shape.width * shape.channels)
-            inputs.copy(to, from, run, end - from);
-        return;
-    }
-    for (int64_t done = 0; done < length;) {
-        const int64_t at = start.at, count = min_of(run - at, length - done);
-        const int64_t top = y + start.row * shape.dilation_y, left = x + start.column * shape.dilation_x;
-        // The part [first, last) of the run that lies inside the image.
-        int64_t first = left < 0 ? min_of(run, -left * width) : 0;
-        int64_t last = max_of(0, min_of(run, (shape.width - left) * width));
-        if (top < 0 || top >= shape.height) first = last = 0;
-        first = min_of(max_of(first, at), at + count);
-        last = min_of(max_of(last, first), at + count);
-        for (int64_t k = at; k < first; ++k) to[done + k - at] = inputs.outside();
-        if (last > first) {
-            const Input* from = image + (top * shape.width + left) * shape.channels + first;
-            inputs.copy(to + done + first - at, from, last - first, end - from);
-        }
-        for (int64_t k = last; k < at + count; ++k) to[done + k - at] = inputs.outside();
-        done += count;
-        start.at = 0;
-        if (++start.column == start.runs_a_row) {
-            start.column = 0;
-            ++start.row;
-        }
-    }
-}
-
-// Rows of `piece` places, each `distance` behind the one before, as tiles read them.
-template <class Row, int64_t distance>
-struct DenseRows {
-    static constexpr int64_t pieces = 1;
-    const Row* first_row;
-    int64_t piece;
-
-    DenseRows view() const { return *this; }
-    int64_t length(int64_t) const { return piece; }
-    template <int H>
-    struct Tile {
-        const Row* x;
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x + m * distance + k; }
-    };
-    template <int H>
-    Tile<H> tile(int64_t, int64_t row) const {
-        return {first_row + row * distance};
-    }
-};
-
-// Rows of a block over `length` places from `place`, gathered: [rows][stride], zeros up to a multiple of `step`.
-template <class Product, class Input>
-struct GatheredRows : DenseRows<typename Product::Row, Product::block + 16> {
-    using Row = typename Product::Row;
-    static constexpr int64_t stride = Product::block + 16;
-    alignas(64) Row rows[gemm_rows * stride];
-
-    GatheredRows(const ConvShape&, const Product&) { this->first_row = rows; }
-    static int64_t length_of(const ConvShape& shape, int64_t place) {
-        return min_of(Product::block, shape.places() - place);
-    }
-    void fill(const ConvShape& shape, const Product& product, const Input* input, int64_t group, int64_t m0, int64_t m1,
-              int64_t place, int64_t length) {
-        const int64_t image_size = shape.height * shape.width * shape.channels;
-        const Input* end = input + shape.batch * image_size;
-        const RunStart start(shape, place);
-        this->piece = round_up(length, Product::step);
-        Row* to = rows;
-        OutputPixel at(shape, m0);
-        for (int64_t m = m0; m < m1; ++m, at.next(shape), to += stride) {
-            const Input* image = input + at.b * image_size + group * shape.group_channels();
-            gather_window(shape, product.inputs, image, end, start, at.y, at.x, length, to);
-            for (int64_t k = length; k < this->piece; ++k) to[k] = 0;
-        }
-    }
-};
-
-// Rows in pieces of `piece` places, as tiles read them: rows[piece][row].
-template <class Row>
-struct RowPieces {
-    const Row* const (*rows)[gemm_rows];
-    int64_t pieces, piece;
-
-    int64_t length(int64_t) const { return piece; }
-    template <int H>
-    struct Tile {
-        const Row* x[H];
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
-    };
-    template <int H>
-    IRC_INLINE Tile<H> tile(int64_t p, int64_t first) const {
-        Tile<H> result;
-#pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) result.x[m] = rows[p][first + m];
-        return result;
-    }
-};
-
-// The same where they lie: a piece is a pixel under the window, or a part of it. `outside` stands for all pixels
-// outside the image.
-template <class Product>
-struct RowsInPlace {
-    using Row = typename Product::Row;
-    const Row* rows[conv_pieces][gemm_rows];
-    int64_t pieces, piece;
-    alignas(64) Row outside[Product::block];
-
-    RowsInPlace(const ConvShape& shape, const Product& product) : pieces(0), piece(piece_of(shape)) {
-        for (int64_t k = 0; k < piece; ++k) outside[k] = product.inputs.outside();
-    }
-    // Channels that lie together: all of a pixel, or the largest even part that is a whole number of steps.
-    static int64_t piece_of(const ConvShape& shape) {
-        const int64_t channels = shape.group_channels(), parts = ceil_div(channels, Product::block);
-        return channels % (parts * Product::step) == 0 ? channels / parts : 0;
-    }
-    static bool fits(const ConvShape& shape, const Product& product) {
-        static_assert(Product::block <= conv_pieces * 32 * Product::step, "a block of pieces fits `rows`");
-        // Short pieces cost more than copies: a tile starts anew with each.
-        const int64_t steps = shape.kernel_y * shape.kernel_x == 1 ? 8 : 32;
-        return product.inputs.in_place() && piece_of(shape) >= steps * Product::step;
-    }
-    static int64_t length_of(const ConvShape& shape, int64_t place) {
-        const int64_t piece = piece_of(shape), all = shape.places() / piece;
-        const int64_t blocks = ceil_div(all, Product::block / piece), done = place / piece;
-        // Block b ends at piece all (b + 1) / blocks.
-        int64_t b = done * blocks / all;
-        while (all * (b + 1) / blocks <= done) ++b;
-        return (all * (b + 1) / blocks - done) * piece;
-    }
-    void fill(const ConvShape& shape, const Product&, const Row* input, int64_t group, int64_t m0, int64_t m1,
-              int64_t place, int64_t length) {
-        const int64_t parts = shape.group_channels() / piece, first = place / piece;
-        const Row* from = input + group * shape.group_channels();
-        pieces = length / piece;
-        OutputPixel at(shape, m0);
-        for (int64_t m = m0; m < m1; ++m, at.next(shape)) {
-            int64_t part = first % parts, j = first / parts % shape.kernel_x, i = first / parts / shape.kernel_x;
-            for (int64_t p = 0; p < pieces; ++p) {
-                const int64_t pixel = at.under(shape, i, j);
-                rows[p][m - m0] = pixel < 0 ? outside : from + pixel * shape.channels + part * piece;
-                if (++part < parts) continue;
-                part = 0;
-                if (++j == shape.kernel_x) {
-                    j = 0;
-                    ++i;
-                }
-            }
-        }
-    }
-    RowPieces<Row> view() const { return {rows, pieces, piece}; }
-};
+constexpr int64_t conv_columns = 256, conv_group = 128;
 
 // Whether an epilogue takes sums from the registers.
 template <class Epilogue, class = void>
@@ -246,8 +63,16 @@ IRC_INLINE void conv_tile(const Product& product, const Rows& rows, int64_t row,
         panel += length / Product::step * Product::step_bytes;
     }
     if constexpr (takes_sums<Epilogue>) {
+        const int64_t left = at.end - at.channel - 16 * (P - 1);
 #pragma GCC unroll 16
-        for (int m = 0; m < H; ++m) epilogue.take(at.pixel + row + m, at.channel, sums[m]);
+        for (int m = 0; m < H; ++m) {
+            if (__builtin_expect(left >= 16, 1)) {
+                epilogue.take(at.pixel + row + m, at.channel, sums[m]);
+            } else {
+                for (int p = 0; p < P - 1; ++p) epilogue.take_last(at.pixel + row + m, at.channel + 16 * p, 16, sums[m][p]);
+                epilogue.take_last(at.pixel + row + m, at.channel + 16 * (P - 1), left, sums[m][P - 1]);
+            }
+        }
     } else {
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m)
@@ -308,12 +133,6 @@ inline void conv_panels(const Product& product, const Rows& rows, int64_t count,
     run(higher, count, least);
 }
 
-// Channels [n, end) of pixel m to an epilogue that takes sums, from memory.
-template <class Product, class Epilogue>
-inline void take_part(const Epilogue& epilogue, int64_t m, int64_t n, int64_t end, const typename Product::Sum* sums) {
-    for (; n < end; n += 16, sums += 16) epilogue.take_last(m, n, min_of(16, end - n), Product::load_sums(sums));
-}
-
 // What a block of rows needs in memory: sums of all its columns, or of as many as the epilogue gets at once.
 template <class Product>
 struct BlockSums {
@@ -348,15 +167,10 @@ inline void conv_block(const ConvShape& shape, const Product& product, const Inp
                         conv_panels<Product::panels>(product, rows, count, panel, panel_bytes, length, at, sink, done);
                 };
                 if constexpr (takes_sums<std::remove_const_t<Epilogue>>) {
-                    // The last panel may have fewer columns: its sums take the way over memory.
-                    if (last && n + 16 * panels <= end)
+                    if (last)
                         pass(epilogue, [](int64_t, int64_t) {});
                     else
-                        pass(KeepSums(), [&](int64_t begin_row, int64_t end_row) {
-                            if (!last) return;
-                            for (int64_t m = begin_row; m < end_row; ++m)
-                                take_part<Product>(epilogue, m0 + m, outputs + n, outputs + end, sums + m * conv_group + n - g);
-                        });
+                        pass(KeepSums(), [](int64_t, int64_t) {});
                 } else if (last && n + 16 * panels >= end) {
                     pass(KeepSums(), [&](int64_t begin_row, int64_t end_row) {
                         for (int64_t m = begin_row; m < end_row; ++m)
@@ -393,6 +207,10 @@ inline void conv_rows(Worker& worker, const ConvShape& shape, const Product& pro
         const int64_t n1 = min_of(outputs, n0 + width);
         const uint8_t* weights = packed + group * group_bytes;
         if constexpr (std::is_same_v<Input, typename Product::Row> && reads_in_place) {
+            if (PixelRows<Product>::fits(shape, product)) {
+                conv_block<PixelRows<Product>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+                return;
+            }
             if (RowsInPlace<Product>::fits(shape, product)) {
                 conv_block<RowsInPlace<Product>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
                 return;

@@ -1,6 +1,7 @@
 // Functions on single numbers for printed loops. All are free of branches, so that a compiler can run them in lanes;
 // the bounds on their errors are for f32 and were measured over the whole range.
-#pragma once
+#ifndef IRC_ELEMENTWISE_H
+#define IRC_ELEMENTWISE_H
 
 #include <type_traits>
 
@@ -226,3 +227,5 @@ IRC_INLINE T rsqrt(T x) {
 }  // namespace scalar
 
 IRC_END
+
+#endif

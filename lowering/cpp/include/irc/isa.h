@@ -1,7 +1,8 @@
 // Instruction set of this translation unit, from the compiler's flags: IRC_AVX512 (F, BW, VL, VNNI, BF16), IRC_AVX2
 // (with FMA and F16C) or IRC_PLAIN. Everything that depends on it lives in an inline namespace of that name, so that
 // units compiled for different sets can be linked together and the target picks one at run time.
-#pragma once
+#ifndef IRC_ISA_H
+#define IRC_ISA_H
 
 #include <cmath>
 #include <cstddef>
@@ -117,3 +118,5 @@ IRC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 IRC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 IRC_END
+
+#endif

@@ -4,7 +4,8 @@
 // Waiting spins for some microseconds, then offers the cpu to others for a short while, and then sleeps on a futex, so
 // that a step still makes progress when another process takes one of the cpus away. Declarations only, so that units compiled for different instruction sets
 // share one pool; exactly one unit includes pool_impl.h.
-#pragma once
+#ifndef IRC_POOL_H
+#define IRC_POOL_H
 
 #include <atomic>
 #include <cstdint>
@@ -95,3 +96,5 @@ inline void for_blocks(Worker& worker, std::int64_t units, std::int64_t step, Bo
 }
 
 }  // namespace irc
+
+#endif

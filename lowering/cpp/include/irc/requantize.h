@@ -49,6 +49,56 @@ IRC_INLINE void store_bytes(Out* to, f32x16 first, f32x16 second, int zero) {
 #endif
 }
 
+// The first `count` of 16, fewer than all.
+template <class Out>
+IRC_INLINE void store_bytes_part(Out* to, f32x16 x, int zero, int64_t count) {
+    uint64_t all[2];
+    store_bytes(reinterpret_cast<Out*>(all), x, zero);
+    uint64_t rest = all[0];
+    if (count & 8) {
+        std::memcpy(to, all, 8);
+        to += 8;
+        rest = all[1];
+    }
+    if (count & 4) {
+        std::memcpy(to, &rest, 4);
+        to += 4;
+        rest >>= 32;
+    }
+    if (count & 2) {
+        std::memcpy(to, &rest, 2);
+        to += 2;
+        rest >>= 16;
+    }
+    if (count & 1) std::memcpy(to, &rest, 1);
+}
+
+// What is added, of the first `count` of 16.
+IRC_INLINE uint64_t few_bytes(const void* from, int64_t count) {
+    const uint8_t* at = static_cast<const uint8_t*>(from);
+    uint64_t bytes = 0;
+    int64_t have = 0;
+    for (int64_t size = 4; size > 0; size /= 2) {
+        if (!(count & size)) continue;
+        uint32_t part = 0;
+        std::memcpy(&part, at + have, static_cast<size_t>(size));
+        bytes |= static_cast<uint64_t>(part) << (8 * have);
+        have += size;
+    }
+    return bytes;
+}
+template <class Added>
+IRC_INLINE f32x16 load_added_part(const Added* from, int64_t count) {
+    if constexpr (sizeof(Added) > 1) {
+        return load_part(from, count);
+    } else {
+        uint64_t all[2] = {0, 0};
+        if (count & 8) std::memcpy(all, from, 8);
+        all[count >> 3 & 1] = few_bytes(from + (count & 8), count);
+        return load(reinterpret_cast<const Added*>(all));
+    }
+}
+
 // What nothing is added for.
 struct Nothing {};
 
@@ -85,13 +135,15 @@ struct Requantize {
             store_bytes(out + at, x[0], zero);
     }
     // The last `count` channels, at most 16, from n on.
-    void take_last(int64_t m, int64_t n, int64_t count, i32x16 sums) const {
+    IRC_INLINE void take_last(int64_t m, int64_t n, int64_t count, i32x16 sums) const {
+        if (count == 16) {
+            take(m, n, {sums});
+            return;
+        }
         const int64_t at = m * channels + n;
         f32x16 x = scaled(n, sums);
-        if constexpr (!std::is_same_v<Added, Nothing>) x = fma(load_part(added + at, count), set1(added_factor), x);
-        Out all[16];
-        store_bytes(all, bounded(x), zero);
-        std::memcpy(out + at, all, static_cast<size_t>(count));
+        if constexpr (!std::is_same_v<Added, Nothing>) x = fma(load_added_part(added + at, count), set1(added_factor), x);
+        store_bytes_part(out + at, bounded(x), zero, count);
     }
 
 private:

@@ -1,8 +1,9 @@
-"""Where ResNet-50 on target cpu spends its time: each kind of layer as the model runs it, and the rest.
+"""Where a CNN on target cpu spends its time: each kind of layer as the model runs it, and the rest.
 
-    python benchmarks/resnet_layers.py --format int8            # threads 1, batch 1
-    python benchmarks/resnet_layers.py --format f32 --batch 8 --threads 2
-    python benchmarks/resnet_layers.py --quick                  # a small ResNet, one run
+    python benchmarks/cnn_layers.py --format int8               # ResNet-50, threads 1, batch 1
+    python benchmarks/cnn_layers.py --model mobilenet
+    python benchmarks/cnn_layers.py --format f32 --batch 8 --threads 2
+    python benchmarks/cnn_layers.py --quick                     # a small ResNet, one run
 
 Kernels are timed inside the step (`options={"profile": True}`), at the price of a barrier behind each; layers of one
 shape are one row: the least of their mean times over the rounds. GOP/s counts a product and a sum as two, as if no
@@ -24,7 +25,7 @@ import torch.fx as fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cpu_models import INT8, make_input, make_model
+from cpu_models import INT8, MODELS, make_input, make_model
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +34,9 @@ from irc.compiled import Compiled
 from irc.core.target import op_name
 
 
-def compiled_resnet(kind: str, batch: int, threads: int, quick: bool) -> tuple[Compiled, torch.Tensor]:
-    """ResNet-50 that measures its kernels, and its input."""
-    model, x = make_model("resnet50", quick), make_input("resnet50", batch, quick)
+def compiled_model(name: str, kind: str, batch: int, threads: int, quick: bool) -> tuple[Compiled, torch.Tensor]:
+    """A model that measures its kernels, and its input."""
+    model, x = make_model(name, quick), make_input(name, batch, quick)
     if kind == "bf16":
         model, x = copy.deepcopy(model).to(torch.bfloat16), x.bfloat16()
     compiled = irc.compile(
@@ -52,7 +53,8 @@ def layer_of(node: fx.Node) -> tuple[str, float]:
     assert isinstance(weight, fx.Node)
     channels, inputs, height, width = (int(size) for size in weight.meta["val"].shape)
     summed = any(op_name(user).startswith("aten.add") for user in node.users)
-    name = f"{height} × {width}, {inputs} → {channels} at {int(out.shape[2])}{', with a sum' if summed else ''}"
+    kind = f"{channels} each by itself" if inputs == 1 else f"{inputs} → {channels}"
+    name = f"{height} × {width}, {kind} at {int(out.shape[2])}{', with a sum' if summed else ''}"
     return name, 2.0 * inputs * height * width * channels * int(out.shape[2]) * int(out.shape[3])
 
 
@@ -98,6 +100,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[name for name in MODELS if name != "bert"], default="resnet50")
     parser.add_argument("--format", choices=("f32", "bf16", "int8"), default="int8")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -106,11 +109,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    compiled, x = compiled_resnet(args.format, args.batch, args.threads, args.quick)
+    compiled, x = compiled_model(args.model, args.format, args.batch, args.threads, args.quick)
     rows = measure(compiled, x, 1 if args.quick else args.rounds)
-    show(rows, f"ResNet-50 {args.format}, batch {args.batch}, {args.threads} threads")
+    show(rows, f"{args.model} {args.format}, batch {args.batch}, {args.threads} threads")
     if args.json:
-        print(json.dumps({"format": args.format, "batch": args.batch, "threads": args.threads, "rows": rows}))
+        print(
+            json.dumps(
+                {"model": args.model, "format": args.format, "batch": args.batch, "threads": args.threads, "rows": rows}
+            )
+        )
 
 
 if __name__ == "__main__":
