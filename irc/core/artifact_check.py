@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from irc.core import formats
@@ -26,22 +27,34 @@ _SMALL_LENGTH = 5
 # other kernels add up in another order.
 _SLACK = 256
 # Where values are quantized at run time, one that lies on a tie may round the other way for a difference of one bit,
-# and so may others behind it: outputs may then differ by a few steps of that format. The demo model in 4 bits with int8
-# activations, run by PyTorch, moves by 2.4 to 3.6 steps where its norms change by 1e-7 to 1e-5 of their size.
-_STEPS = 4
+# and so may others behind it: outputs may then differ by a few steps of that format.
+_STEPS = 2
+# Layers behind layers can make more of it (the demo model in 4 bits with int8 activations, run by PyTorch, moves by up
+# to 3.6 steps where its norms change by 1e-7): then the program's own movement under such a change, so many times, is
+# the bound. It is one sample of many roundings.
+_MOVEMENTS = 2
+_NUDGE = 4
 # What PyTorch raises when a program is run at sizes it does not accept.
 _RUN_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """One comparison: what was run, and the largest error over all outputs."""
+    """One comparison: what was run, and the largest error over all outputs.
+
+    Attributes:
+        moves: by how much the program's own outputs move, relatively, where that had to be found out.
+    """
 
     what: str
     absolute: float
     relative: float
     top1: float | None = None
     problem: str = ""
+    moves: float = 0.0
+
+    def passed(self, tolerance: float) -> bool:
+        return not self.problem and self.relative <= max(tolerance, _MOVEMENTS * self.moves)
 
 
 @dataclass
@@ -72,7 +85,7 @@ class ArtifactCheck:
 
     @property
     def passed(self) -> bool:
-        return bool(self.runs) and all(not run.problem and run.relative <= self.tolerance for run in self.runs)
+        return bool(self.runs) and all(run.passed(self.tolerance) for run in self.runs)
 
     def require(self) -> None:
         """Raise unless every run agreed.
@@ -88,7 +101,8 @@ class ArtifactCheck:
         width = max((len(run.what) for run in self.runs), default=0)
         for run in self.runs:
             top1 = "" if run.top1 is None else f", same top token {run.top1:.1%}"
-            lines.append(f"  {run.what:<{width}}  {run.problem or f'{run.relative:.1e}{top1}'}")
+            moves = f"; the program itself moves by {run.moves:.1e} for a bit in its weights" if run.moves else ""
+            lines.append(f"  {run.what:<{width}}  {run.problem or f'{run.relative:.1e}{top1}{moves}'}")
         if not self.runs:
             lines.append("  nothing could be run")
         lines += [f"  not run: {text}" for text in self.skipped]
@@ -110,6 +124,7 @@ def check_artifact(
     result = ArtifactCheck(name, allowed)
     makers = _step_inputs(program, given) if KVCache.of(program) is not None else _sized_inputs(program, given)
     seen: set[str] = set()
+    nudged: Program | None = None
     for what, make in makers:
         if what in seen:
             continue
@@ -121,14 +136,33 @@ def check_artifact(
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             result.skipped.append(f"{what}: the program itself does not run there ({reason})")
             continue
-        result.runs.append(_compared(what, expected, run(*_cloned(made))))
+        one = _compared(what, expected, run(*_cloned(made)))
+        if tolerance is None and not one.problem and not one.passed(allowed) and _quantizing(program):
+            nudged = nudged or _nudged(program)
+            one = replace(one, moves=compare_outputs(expected, nudged.run(*_cloned(made))).relative)
+        result.runs.append(one)
     return result
 
 
+def _quantizing(program: Program) -> list[fx.Node]:
+    """Nodes that quantize values at run time."""
+    return [node for node in program.operations() if is_irc_op(node.target, "quantize")]
+
+
 def _allowed(program: Program) -> float:
-    quantized = [n for n in program.operations() if is_irc_op(n.target, "quantize")]
-    steps = [_STEPS * 2.0 ** -formats.parse(str(node.kwargs["format"])).precision for node in quantized]
+    steps = [_STEPS * 2.0 ** -formats.parse(str(node.kwargs["format"])).precision for node in _quantizing(program)]
     return max([_SLACK * coarsest_eps(program), *steps])
+
+
+def _nudged(program: Program) -> Program:
+    """The program with its vectors of floats (norms, biases, scales of activations) changed by about a rounding."""
+    signs = torch.Generator().manual_seed(0)
+    changed = {}
+    for name, weight in program.weights.items():
+        if weight.ndim <= 1 and weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
+            sign = torch.randint(0, 2, weight.shape, generator=signs).to(weight.device) * 2 - 1
+            changed[name] = weight.detach() * (1 + sign * _NUDGE * torch.finfo(weight.dtype).eps).to(weight.dtype)
+    return program.copy(replace_weights=changed)
 
 
 def _compared(what: str, expected: Sequence[Any], found: Sequence[Any]) -> CheckedRun:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.folder import require_place
 from irc.core.kv_cache import KVCache
@@ -35,6 +36,10 @@ MOST_BOUND = 32
 # than they help, and most where PyTorch's own threads, which wait by spinning, are on the same processors.
 _SMALL_STEP = 4 << 20
 """Shapes of steps that are remembered with the caches they were called with."""
+
+
+# Relative error that `quantize-activations` promises at 8 bits.
+_INT8_TOLERANCE = 0.12
 
 
 class CpuArtifact(Artifact):
@@ -84,6 +89,11 @@ class CpuArtifact(Artifact):
     def arena_bytes(self) -> int:
         """Bytes that the last step's temporary values took."""
         return self._library.arena_bytes
+
+    def verify(self, program: Program, inputs: Sequence[Any] | None = None) -> ArtifactCheck:
+        """As `Artifact.verify`; activations quantized by an option may cost what those of a pass may."""
+        tolerance = _INT8_TOLERANCE if self.options.activations == "int8" else None
+        return check_artifact(self.target, self.run, program, inputs, tolerance=tolerance)
 
     def run(self, *inputs: Any) -> list[Any]:
         self.check_inputs(inputs)

@@ -115,6 +115,8 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     if stored.const_value is None or scale.const_value is None:
         raise TargetError(f"quantized weight {stored.name} is no stored tensor in the ONNX model")
     scales = scale.const_value.numpy()
+    if scale.const_value.dtype != wanted and scales.dtype.itemsize < 4:
+        scales = scales.astype(np.float32)  # products are rounded once, to the type that is wanted
     zeros = None
     if zero_point is not None and zero_point.const_value is not None:
         zeros = zero_point.const_value.numpy().astype(np.int16)
@@ -139,9 +141,13 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         inputs.append(_initializer(graph, f"{stored.name}.zero_point", _packed(zeros, kind)))
     new = ir.node("DequantizeLinear", inputs, attributes)
     out = new.outputs[0]
-    out.name, out.shape, out.type = node.outputs[0].name, ir.Shape(shape), ir.TensorType(scale.const_value.dtype)
+    out.name, out.shape, out.type = (
+        node.outputs[0].name,
+        ir.Shape(shape),
+        ir.TensorType(ir.DataType.from_numpy(scales.dtype)),
+    )
     made = [new]
-    if scale.const_value.dtype != wanted:
+    if ir.DataType.from_numpy(scales.dtype) != wanted:
         out.name = f"{node.outputs[0].name}.unrounded"
         made.append(ir.node("Cast", [out], {"to": wanted}))
         out = made[-1].outputs[0]

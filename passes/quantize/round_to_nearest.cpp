@@ -197,14 +197,14 @@ void unpack(const Format& format, const uint8_t* stored, uint8_t* out) {
 }
 
 // Bits of the largest |restored - x| of a group.
-template <bool kSigned, Type kScale, Type kWeight>
+template <bool kSigned, Type kWeight>
 int32_t error_of(const float* x, const uint8_t* integers, int64_t count, float scale_, float zero_point) {
     const __m256 scale = _mm256_set1_ps(scale_), zero = _mm256_set1_ps(zero_point);
     __m256i error = _mm256_setzero_si256();
     for (int64_t k = 0; k < count; k += 8) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(integers + k));
         const __m256 number = _mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-        const __m256 value = rounded(rounded(_mm256_mul_ps(_mm256_sub_ps(number, zero), scale), kScale), kWeight);
+        const __m256 value = rounded(_mm256_mul_ps(_mm256_sub_ps(number, zero), scale), kWeight);
         error = _mm256_max_epi32(error, magnitude(_mm256_sub_ps(value, _mm256_loadu_ps(x + k))));
     }
     return largest(error);
@@ -212,19 +212,10 @@ int32_t error_of(const float* x, const uint8_t* integers, int64_t count, float s
 
 using ErrorOf = int32_t (*)(const float*, const uint8_t*, int64_t, float, float);
 
-template <bool kSigned, Type kScale>
+template <bool kSigned>
 ErrorOf error_function(Type weight) {
-    if (weight == Type::f32) return error_of<kSigned, kScale, Type::f32>;
-    return weight == Type::f16 ? error_of<kSigned, kScale, Type::f16> : error_of<kSigned, kScale, Type::bf16>;
-}
-
-ErrorOf error_function(const Format& format) {
-    if (format.is_signed) {
-        return format.scale == Type::f32 ? error_function<true, Type::f32>(format.weight)
-                                         : error_function<true, Type::f16>(format.weight);
-    }
-    return format.scale == Type::f32 ? error_function<false, Type::f32>(format.weight)
-                                     : error_function<false, Type::f16>(format.weight);
+    if (weight == Type::f32) return error_of<kSigned, Type::f32>;
+    return weight == Type::f16 ? error_of<kSigned, Type::f16> : error_of<kSigned, Type::bf16>;
 }
 
 }  // namespace
@@ -262,7 +253,7 @@ extern "C" __attribute__((visibility("default"))) float irc_worst_rows(
     const uint8_t* zeros) {
     const int64_t groups = format->groups();
     const float intervals = static_cast<float>(format->symmetric ? (1 << (format->bits - 1)) - 1 : (1 << format->bits) - 1);
-    const ErrorOf error_of_group = error_function(*format);
+    const ErrorOf error_of_group = format->is_signed ? error_function<true>(format->weight) : error_function<false>(format->weight);
     Row row(*format);
     Scales scales{*format, scales_at};
     std::vector<int32_t> errors(groups);

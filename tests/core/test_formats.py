@@ -194,6 +194,22 @@ def test_float8_saturates() -> None:
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
 
 
+@pytest.mark.parametrize("text", ["int4.g32", "uint8.row.asym", "int8.g32", "uint3.g16.asym"])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_integers_are_rounded_once(text: str, scale_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    chosen = formats.parse(text)
+    assert isinstance(chosen, QuantFormat)
+    parts = quantize_tensor(torch.randn(8, 64), chosen, scale_dtype)
+    whole = chosen.unpack(parts.stored).double().unflatten(-1, (parts.scale.shape[-1], -1))
+    zero = 0 if parts.zero_point is None else parts.zero_point.double().unsqueeze(-1)
+    exact = ((whole - zero) * parts.scale.double().unsqueeze(-1)).flatten(-2)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # f32 holds products with scales of half its width; those with f32 scales are rounded to it first.
+        wanted = exact.float().to(dtype)
+        assert torch.equal(formats.dequantize_tensor(parts, chosen, dtype), wanted)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gguf_dequantizes_bit_for_bit(name: str) -> None:
     """Any bytes, so any integers, any scales, infinities and NaN among them."""

@@ -236,6 +236,16 @@ def test_quantized_steps(weights: str) -> None:
     assert check.passed, str(check)
 
 
+def test_activations_quantized_by_option_are_allowed_their_error() -> None:
+    program = steps.step("quantize-weights{bits=8,group-size=none},insert-kv-cache{max-length=32}")
+    check = CPU.lower(program, QUICK | {"activations": "int8"}).verify(program)
+    assert check.passed, str(check)
+    assert check.relative > 1e-3
+    exact = CPU.lower(program, QUICK).verify(program)
+    assert exact.tolerance < 1e-3
+    assert exact.passed, str(exact)
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc)")
 def test_the_c_example_decodes_like_python(tmp_path: Path) -> None:
     written = lowered("step").save(tmp_path / "step.irca")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
-from irc.core.artifact_check import check_artifact
+import irc
+from irc.core import formats
+from irc.core.artifact_check import ArtifactCheck, check_artifact
 from irc.core.errors import NumericError, OptionError, StorageError, TargetError
 from irc.core.target import (
     Concern,
@@ -114,6 +116,50 @@ def test_check_sees_a_wrong_number() -> None:
     assert check.relative == pytest.approx(0.01, rel=0.05)
     with pytest.raises(NumericError, match="does not compute what its program does"):
         check.require()
+
+
+def test_check_allows_what_the_program_itself_moves_by() -> None:
+    passes = "quantize-weights{bits=8,group-size=none},quantize-activations{mode=dynamic}"
+    program = irc.compile(steps.decoder(), passes).artifact.program
+    logits = program.run(*program.example_inputs)[0]
+
+    def off(by: float) -> ArtifactCheck:
+        return check_artifact("off", lambda *inputs: [program.run(*inputs)[0] * (1 + by)], program)
+
+    assert logits.abs().max() > 0
+    assert off(0.01).passed
+    assert all(run.moves == 0 for run in off(0.01).runs)  # within two steps of 8 bits: nothing had to be found out
+    check = off(0.2)
+    assert not check.passed
+    assert all(0 < run.moves < 0.05 for run in check.runs)
+    assert "the program itself moves by" in str(check)
+    moves = min(run.moves for run in check.runs)
+    check.tolerance = 0.0
+    assert replace(check.runs[0], relative=1.9 * moves).passed(0.0)
+    assert not replace(check.runs[0], relative=2.1 * max(run.moves for run in check.runs)).passed(0.0)
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu", "onnx"])
+@pytest.mark.parametrize("scale_dtype", ["f16", "f32"])
+def test_quantized_weights_are_the_same_numbers_everywhere(target: str, scale_dtype: str) -> None:
+    if get_target(target).available() is not None:
+        pytest.skip(f"target {target} is not available")
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(64, 48, bias=False), torch.randn(5, 64)
+    passes = f"quantize-weights{{bits=4,group-size=16,scale-dtype={scale_dtype}}}"
+    # Without its activations in 8 bits, target cpu would read floats; integers of x pass them unchanged.
+    if target == "cpu":
+        x = (x * 40).round().clamp(-127, 127)
+        x[:, 0] = 127
+        passes += ",quantize-activations{mode=dynamic}"
+    compiled = irc.compile(model, passes, target=target, example_inputs=x, verify="off")
+    program = compiled.stages["quantize-weights"]
+    stored, scale = program.weights["weight_stored"], program.weights["weight_scale"]
+    chosen = formats.parse("int4.g16")
+    assert isinstance(chosen, formats.QuantFormat)
+    weight = (chosen.unpack(stored).double().unflatten(-1, (4, -1)) * scale.double().unsqueeze(-1)).flatten(-2)
+    expected = x.double() @ weight.T
+    assert (compiled(x).double() - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_check_of_a_step_sees_a_cache_that_is_not_written() -> None:

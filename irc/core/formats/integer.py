@@ -138,15 +138,16 @@ class QuantFormat(ScaledFormat):
         dtype: torch.dtype,
         tensor_scale: Tensor | None = None,
     ) -> Tensor:
-        """(integers - zero_point) * scale, computed in scale's type and rounded once to `dtype`."""
+        """(integers - zero_point) * scale, computed in f32 at least and rounded once to `dtype`.
+
+        f32 holds the integers and their products with a scale of half the width exactly.
+        """
         assert scale is not None
-        # In f32, which holds these integers, and their products with a scale of half the width, exactly.
+        wide = torch.promote_types(scale.dtype, torch.float32)
         values = by_group(self._unpack_floats(stored), scale)
         if zero_point is not None:
             values = values.sub_(zero_point.unsqueeze(-1).float())
-        if scale.dtype in (torch.float16, torch.bfloat16):
-            return values.mul_(scale.unsqueeze(-1).float()).flatten(-2).to(scale.dtype).to(dtype)
-        return (values.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+        return values.to(wide).mul_(scale.unsqueeze(-1).to(wide)).flatten(-2).to(dtype)
 
     def pack(self, values: Tensor) -> Tensor:
         """Integers → storage."""

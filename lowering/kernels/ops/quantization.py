@@ -47,8 +47,7 @@ def dequantize(call: Call, index: At) -> Value:
     if call.has("zero_point"):
         value = apply("sub", value, call.operand("zero_point").at(group))
     wide = REGISTER[scale.dtype]
-    product = settle(apply("mul", convert(value, wide), convert(scale.at(group), wide)), scale.dtype)
-    return settle(product, call.dtype)
+    return settle(apply("mul", convert(value, wide), convert(scale.at(group), wide)), call.dtype)
 
 
 @defines("irc.quantize", kind="pointwise", refuses=_why_not)
