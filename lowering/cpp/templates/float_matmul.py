@@ -18,6 +18,8 @@ from irc.core.errors import OptionError, ParseError, TargetError
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, by_panel, pad_to, wrong_shape
 
 INCLUDES = ("irc/linear.h",)
+# Rows between two calls of the epilogue for the same columns: a tile, as C++ text.
+ROWS_AHEAD = "irc::gemm_height"
 _PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 

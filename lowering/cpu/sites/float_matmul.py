@@ -60,7 +60,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     scale = None if parts is None or parts[1] is None else program.weight(parts[1]).detach()
     weight = program.weight(stored).detach()
     weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight, scale))
-    epilogue = print_epilogue(call.epilogue)
+    epilogue = print_epilogue(call.epilogue, ahead=template.ROWS_AHEAD)
     args = {"worker": "worker", "x": "x", "stride": str(problem.depth), "packed": "packed", "scratch": "scratch"}
     memory = call.reads[0]
     a_row = -(-template.scratch_bytes(problem, _ROUND, 1) // _ROUND)

@@ -1,12 +1,12 @@
-// Linear layers over float weights: the product of fmatmul.h for few rows, that of conv.h, which gathers each block of
-// rows once for 256 columns, for many. The epilogue gets up to 128 columns.
+// Linear layers over float weights: the product of fmatmul.h for few rows, that of linear_rows.h, which packs each block of
+// rows, for many. The epilogue gets up to 128 columns.
 #pragma once
 
-#include "irc/conv.h"
+#include "irc/linear_rows.h"
 
 IRC_BEGIN
 
-constexpr int64_t gather_pays = 24;
+constexpr int64_t packing_pays = 24;
 
 template <class Stored, class Input, class Epilogue>
 inline void float_linear(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
@@ -17,9 +17,8 @@ inline void float_linear(Worker& worker, const Input* x, int64_t stride, const u
     constexpr bool pairs = false;
 #endif
     if constexpr (!FloatPanel<Stored>::scaled && !pairs) {
-        if (num_rows >= gather_pays && stride == size) {
-            const ConvShape shape{num_rows, size, 1, 1, num_columns, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
-            conv_rows(worker, shape, FloatProduct<Stored>{}, x, packed, epilogue);
+        if (num_rows >= packing_pays) {
+            linear_rows_product<Stored>(worker, x, stride, packed, num_rows, num_columns, size, epilogue);
             return;
         }
     }
