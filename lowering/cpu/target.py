@@ -15,7 +15,7 @@ from torch import Tensor
 from irc.core import memory
 from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
-from irc.core.program import VAL, Program, dtype_name
+from irc.core.program import Program
 from irc.core.target import Artifact, Coverage, Options, Target, op_name, read_options, register_target
 from irc.lowering.cpp.build import Build, building, find_compiler, precompile, require_compiler
 from irc.lowering.cpp.printer import unsupported
@@ -26,15 +26,14 @@ from irc.lowering.cpu.sites import matchers
 from irc.lowering.cpu.source import dims_of, hints_of, print_program
 from irc.lowering.cpu.tuning import tune
 from irc.lowering.cpu.weights import WeightBlock
-from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.coverage import check
 from irc.lowering.kernels.definitions import Definer
 from irc.lowering.kernels.fusion import Schedule, make_schedule
 from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.memory import plan_memory
 from irc.lowering.kernels.prepare import fold_constants
+from irc.lowering.kernels.signature import signature_of
 from irc.lowering.kernels.sites import first_match
-from irc.lowering.kernels.sizes import python_size
 from irc.lowering.reference.target import portable_passes
 
 
@@ -181,20 +180,7 @@ def _require_printable(schedule: Schedule) -> None:
 
 
 def _manifest(program: Program, schedule: Schedule, weights: WeightBlock, notes: list[str]) -> dict[str, Any]:
-    outputs: list[dict[str, Any]] = []
-    for i, buffer in enumerate(schedule.outputs):
-        if isinstance(buffer, Buffer):
-            outputs.append({"dtype": buffer.dtype, "shape": [python_size(s) for s in buffer.shape],
-                            "in_place": schedule.in_place.get(i)})  # fmt: skip
-        else:
-            outputs.append({"value": python_size(buffer)})
-    inputs = [
-        {"name": str(node.target), "dtype": dtype_name(node.meta[VAL].dtype),
-         "shape": [python_size(s) for s in program.shape_expr(node)]}
-        for node in program.placeholders
-    ]  # fmt: skip
-    dims = [{"name": d.name, "minimum": d.minimum, "maximum": d.maximum} for d in program.dims.values()]
     return {
-        "format": FORMAT, "target": "cpu", "name": program.name, "dims": dims, "inputs": inputs, "outputs": outputs,
-        "metadata": program.metadata, "weight_bytes": max(weights.num_bytes, 64), "notes": notes,
+        "format": FORMAT, "target": "cpu", **signature_of(program, schedule),
+        "weight_bytes": max(weights.num_bytes, 64), "notes": notes,
     }  # fmt: skip
