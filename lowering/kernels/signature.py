@@ -120,6 +120,11 @@ class Signature:
                          for name, size, (low, high) in pairs if size < low or (high is not None and size > high)) or (
             "inputs do not fit the program")  # fmt: skip
 
+    def shapes(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Shapes of the inputs."""
+        found: list[tuple[int, ...]] = self._shapes(sizes)
+        return found
+
     def results(self, sizes: Sequence[int]) -> list[Any]:
         """Shapes of the outputs, or the value itself for an output that is a size."""
         return self._results(sizes)
