@@ -12,13 +12,13 @@ from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
 from irc.lowering.cpp.function import PrintedFunction
 from irc.lowering.cpp.printer import print_kernel
 from irc.lowering.cpu.barriers import Private, Step, with_barriers
-from irc.lowering.cpu.memory import ALIGNMENT, Plan, touched
 from irc.lowering.cpu.sites.registry import print_template
 from irc.lowering.cpu.units import in_units, print_units
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
+from irc.lowering.kernels.memory import ALIGNMENT, Plan, touched
 from irc.lowering.kernels.sites import Memory
 
 _INCLUDES = ("irc/program.h",)
