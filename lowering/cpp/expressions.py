@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import sympy
 
 from irc.core.errors import TargetError
-from irc.lowering.kernels.values import Apply, Index, Literal, Local, Value
+from irc.lowering.kernels.values import Apply, Literal
 
 REGISTER_TYPES = {"f64": "double", "f32": "float", "i64": "int64_t", "i32": "int32_t", "bool": "bool"}
 STORAGE_TYPES = {
@@ -170,8 +170,3 @@ _EXPRESSIONS: Mapping[str, Callable[[list[str]], str]] = {
     "RoundToInt": lambda a: f"int64_t(std::nearbyint({a[0]}))",
     "OpaqueUnaryFn_sqrt": lambda a: f"std::sqrt(double({a[0]}))",
 }
-
-
-def bare(value: Value) -> bool:
-    """Values that are names or numbers already."""
-    return isinstance(value, (Literal, Local)) or (isinstance(value, Index) and value.expr.is_Symbol)

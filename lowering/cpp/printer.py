@@ -17,9 +17,10 @@ from irc.lowering.cpp.expressions import (
     size_text,
 )
 from irc.lowering.cpp.function import PrintedEpilogue, PrintedFunction
-from irc.lowering.cpp.statements import Body, Lines
+from irc.lowering.cpp.statements import Body
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Axis, Kernel, Loop, Statement, Store, axes_of, statements, values_of
+from irc.lowering.kernels.printing import Lines
 from irc.lowering.kernels.values import Apply, loads, walk
 
 WORK_A_CHUNK = 2048

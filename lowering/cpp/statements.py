@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import sympy
-
-from irc.lowering.cpp.expressions import REGISTER_TYPES, STORAGE_TYPES, apply_text, bare, literal_text, size_text
-from irc.lowering.kernels.buffers import Buffer
+from irc.lowering.cpp.expressions import REGISTER_TYPES, STORAGE_TYPES, apply_text, literal_text, size_text
 from irc.lowering.kernels.kernel import Combine, Loop, Start, Statement, Store
-from irc.lowering.kernels.values import Apply, Index, Literal, Load, Local, Value, loads
+from irc.lowering.kernels.printing import Scope, bare, before_rounding, read_again
+from irc.lowering.kernels.values import Apply, Index, Literal, Load
 
 _OPERATORS = {"sum": "+", "prod": "*", "max": "max", "min": "min", "any": "||", "all": "&&"}
 
 
-class Lines:
-    """Text under construction, with indentation."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self._lines: list[str] = []
-
-    def add(self, line: str, *, indent: bool = True) -> None:
-        self._lines.append(("    " * self.depth if indent else "") + line)
-
-    def text(self) -> str:
-        return "".join(f"{line}\n" for line in self._lines)
-
-
-class Body:
-    """Statements of one block, with the values that have a name there."""
-
-    def __init__(
-        self, pointers: Mapping[Buffer, str], names: Mapping[sympy.Symbol, str], out: Lines,
-        parent: Body | None = None,
-    ) -> None:  # fmt: skip
-        self.pointers, self.out, self.parent = pointers, out, parent
-        self.known: dict[Value, str] = {}
-        self.names: dict[sympy.Symbol, str] = dict(names)
-        self.counter: list[int] = parent.counter if parent else [0]
+class Body(Scope):
+    """Statements of one block."""
 
     def statements(self, body: Sequence[Statement]) -> None:
         for number, statement in enumerate(body):
@@ -70,7 +44,7 @@ class Body:
 
     def _combine(self, combine: Combine) -> None:
         name, op = combine.name, combine.op
-        value = self._named(combine.value)
+        value = self.named(combine.value)
         floating = combine.value.dtype in ("f32", "f64")
         if op.startswith("arg"):
             assert combine.position is not None
@@ -98,36 +72,27 @@ class Body:
         storage = STORAGE_TYPES[store.buffer.dtype]
         value = store.value
         rounding = f"round.{store.buffer.dtype}"
-        again = any(load.buffer is store.buffer and load.offset == store.offset.expr
-                    for load in _loads_in(following))  # fmt: skip
+        again = read_again(store, following)
         if not again:
-            value = _before_rounding(value, rounding)  # the store rounds
+            value = before_rounding(value, rounding)  # the store rounds
         text = self.expression(value)
         if again and not bare(value):
-            text = self._name(value, text)
+            text = self.bind(value, text)
         plain = REGISTER_TYPES.get(store.buffer.dtype) == REGISTER_TYPES[value.dtype]
         stored = text if plain else f"irc::scalar::put<{storage}>({text})"
         target = f"{self.pointers[store.buffer]}[{offset}]"
         condition = "" if store.when is None else f"if ({self.expression(store.when)}) "
         self.out.add(f"{condition}{target} = {stored};")
-        self._forget(store.buffer)
+        self.forget(store.buffer)
         if again and store.when is None:
             load = Load(store.buffer, store.offset.expr, store.offset.bindings)
             self.known[load] = text
-
-    def _forget(self, buffer: Buffer) -> None:
-        """Values read from a buffer that was written are no longer known."""
-        block: Body | None = self
-        while block is not None:
-            for value in [v for v in block.known if any(load.buffer is buffer for load in loads(v))]:
-                del block.known[value]
-            block = block.parent
 
     def _loop(self, loop: Loop) -> None:
         axis = loop.axis
         name, stop = self.names[axis.symbol], size_text(axis.extent, self.names)
         if axis.stop is not None:
-            stop = self._name(axis.stop, f"irc::min_of({stop}, {self.expression(axis.stop)})", remember=False)
+            stop = self.bind(axis.stop, f"irc::min_of({stop}, {self.expression(axis.stop)})", remember=False)
         checks = self._extrema(loop) if axis.kind == "vector" else []
         if axis.kind == "vector":
             self.out.add(f"#pragma omp simd{self._clauses(loop)}", indent=False)
@@ -167,97 +132,20 @@ class Body:
                     text += f" reduction(|:{statement.name}_nan)"
         return text
 
-    # ------------------------------------------------------------ expressions
+    # ------------------------------------------------------------ the language
 
-    def expression(self, value: Value) -> str:
-        """The value as C++; parts that are used twice get names first."""
-        for part in self._shared(value):
-            if part not in self._everything_known():
-                self._name(part, self._text(part))
-        return self._text(value)
+    def declare(self, name: str, dtype: str, text: str) -> str:
+        return f"const {REGISTER_TYPES[dtype]} {name} = {text};"
 
-    def _named(self, value: Value) -> str:
-        """A name or number for a value."""
-        text = self.expression(value)
-        return text if bare(value) or value in self._everything_known() else self._name(value, text)
+    def literal(self, value: Literal) -> str:
+        return literal_text(value)
 
-    def name(self, value: Value) -> None:
-        """Gives a value a name here, which inner blocks use."""
-        self._name(value, self._text(value))
+    def index(self, value: Index) -> str:
+        return f"int64_t({size_text(value.expr, self.index_names(value))})"
 
-    def _name(self, value: Value, text: str, *, remember: bool = True) -> str:
-        name = f"v{self.counter[0]}"
-        self.counter[0] += 1
-        self.out.add(f"const {REGISTER_TYPES[value.dtype]} {name} = {text};")
-        if remember:
-            self.known[value] = name
-        return name
+    def load(self, value: Load) -> str:
+        text = f"{self.pointers[value.buffer]}[{size_text(value.offset, self.index_names(value))}]"
+        return text if REGISTER_TYPES.get(value.buffer.dtype) else f"irc::scalar::get({text})"
 
-    def _everything_known(self) -> dict[Value, str]:
-        merged = dict(self.parent._everything_known()) if self.parent else {}
-        merged.update(self.known)
-        return merged
-
-    def _shared(self, value: Value) -> list[Value]:
-        """Parts that are needed for certain and more than once, operands first."""
-        known = self._everything_known()
-        counts: Counter[Value] = Counter()
-        order: list[Value] = []
-
-        def visit(part: Value) -> None:
-            counts[part] += 1
-            if counts[part] > 1 or part in known:
-                return
-            for operand in part.args[:1] if isinstance(part, Apply) and part.op == "guard" else part.operands():
-                visit(operand)
-            order.append(part)
-
-        visit(value)
-        gathered = {inner for part in order if isinstance(part, (Load, Index)) for _, inner in part.bindings}
-        return [p for p in order if (counts[p] > 1 or p in gathered) and not bare(p) and p is not value]
-
-    def _text(self, value: Value) -> str:
-        known = self._everything_known().get(value)
-        if known is not None:
-            return known
-        if isinstance(value, Literal):
-            return literal_text(value)
-        if isinstance(value, Local):
-            return value.name
-        if isinstance(value, Index):
-            return f"int64_t({size_text(value.expr, self._index_names(value))})"
-        if isinstance(value, Load):
-            offset = size_text(value.offset, self._index_names(value))
-            text = f"{self.pointers[value.buffer]}[{offset}]"
-            return text if REGISTER_TYPES.get(value.buffer.dtype) else f"irc::scalar::get({text})"
-        assert isinstance(value, Apply)
-        return apply_text(value, [self._text(a) for a in value.args])
-
-    def _index_names(self, value: Load | Index) -> dict[sympy.Symbol, str]:
-        return {**self.names, **{symbol: self._text(inner) for symbol, inner in value.bindings}}
-
-
-def _loads_in(body: Sequence[Statement]) -> list[Load]:
-    found: list[Value] = []
-    for statement in body:
-        if isinstance(statement, Store):
-            found += [v for v in (statement.offset, statement.value, statement.when) if v is not None]
-        elif isinstance(statement, Combine):
-            found.append(statement.value)
-    return loads(*found)
-
-
-def _before_rounding(value: Value, rounding: str) -> Value:
-    """A value that rounds to the same: rounding is monotonic, so the larger of two may be found before it."""
-    if isinstance(value, Apply) and value.op == rounding:
-        return value.args[0]
-    if isinstance(value, Apply) and value.op in ("maximum", "minimum"):
-        args = [_before_rounding(arg, rounding) for arg in value.args]
-        if all(new is not old or _rounds_to_itself(old) for new, old in zip(args, value.args, strict=True)):
-            return Apply(value.op, tuple(args), value.dtype)
-    return value
-
-
-def _rounds_to_itself(value: Value) -> bool:
-    """Whole numbers that every type of halves holds."""
-    return isinstance(value, Literal) and value.dtype == "f32" and value.value == int(value.value) in range(-256, 257)
+    def operation(self, value: Apply) -> str:
+        return apply_text(value, [self.text(a) for a in value.args])

@@ -25,8 +25,9 @@ from irc.core.target import Artifact, Options, read_options
 from irc.core.text import parse
 from irc.lowering.cpp.build import build, supported_isas
 from irc.lowering.cpu.bound import BoundStep
-from irc.lowering.cpu.library import Library, Signature, default_threads
+from irc.lowering.cpu.library import Library, default_threads
 from irc.lowering.cpu.options import CpuOptions
+from irc.lowering.kernels.signature import Signature
 
 MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
 GRAPH = "graph.irc"

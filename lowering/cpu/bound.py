@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from irc.lowering.cpu.library import Library, Signature
+from irc.lowering.cpu.library import Library
+from irc.lowering.kernels.signature import Signature
 
 
 class BoundStep:

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import sympy
 import torch
-import torch.fx as fx
 from torch import Tensor
 
 from irc.core import memory
 from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
-from irc.core.program import VAL, Program, dtype_name
-from irc.core.target import Artifact, Concern, Coverage, Options, Target, op_name, read_options, register_target
+from irc.core.program import Program
+from irc.core.target import Artifact, Coverage, Options, Target, op_name, read_options, register_target
 from irc.lowering.cpp.build import Build, building, find_compiler, precompile, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
 from irc.lowering.cpu.barriers import Private, find_private
-from irc.lowering.cpu.memory import plan_memory
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.cpu.source import dims_of, hints_of, print_program
 from irc.lowering.cpu.tuning import tune
 from irc.lowering.cpu.weights import WeightBlock
-from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
-from irc.lowering.kernels.definitions import Call, Definer, definition_of
+from irc.lowering.kernels.coverage import check
+from irc.lowering.kernels.definitions import Definer
 from irc.lowering.kernels.fusion import Schedule, make_schedule
 from irc.lowering.kernels.kernel import Kernel
+from irc.lowering.kernels.memory import plan_memory
+from irc.lowering.kernels.prepare import fold_constants
+from irc.lowering.kernels.signature import signature_of
 from irc.lowering.kernels.sites import first_match
 from irc.lowering.reference.target import portable_passes
-
-_STATEMENTS = ("irc.cache_write", "irc.paged_cache_write")
 
 
 @register_target
@@ -56,10 +52,10 @@ class CpuTarget(Target):
         return "no C++ compiler was found ($CXX, g++, clang++); install one, or use target 'reference'"
 
     def check(self, program: Program) -> Coverage:
-        return check(program, CpuOptions())
+        return _check(program, CpuOptions())
 
     def check_with(self, program: Program, options: Options | None) -> Coverage:
-        return check(program, read_options(CpuOptions, options, what="target cpu"))
+        return _check(program, read_options(CpuOptions, options, what="target cpu"))
 
     def get_ready(self, num_bytes: int, options: Options | None) -> None:
         memory.expect(num_bytes)
@@ -115,7 +111,7 @@ class _Made:
 
 def _lower(program: Program, chosen: CpuOptions, made: _Made) -> CpuArtifact:
     """The artifact; what was made before for other options is used where it holds."""
-    check(program, chosen).require(program)
+    _check(program, chosen).require(program)
     own, notes, schedule = made.schedule(program, chosen)
     _require_printable(schedule)
     weights = WeightBlock()
@@ -173,64 +169,8 @@ def _matchers(options: CpuOptions) -> list[Any]:
     return matchers(options) if options.templates else []
 
 
-def check(program: Program, options: CpuOptions) -> Coverage:
-    """What has a kernel template, what is printed as loops, and what cannot be done."""
-    coverage = Coverage("cpu")
-    definer = Definer(program)
-    supported: Counter[str] = Counter()
-    refused: Counter[tuple[str, str]] = Counter()
-    fallbacks: Counter[tuple[str, str]] = Counter()
-    for node in program.operations():
-        reason = _why_not(program, definer, node)
-        if reason is not None and not _constant(node):
-            refused[op_name(node), reason] += 1
-            continue
-        supported[op_name(node)] += 1
-        definition = definition_of(node)
-        if (
-            definition is not None
-            and definition.kind == "product"
-            and not first_match(_matchers(options), definer, node)
-        ):
-            fallbacks[op_name(node), "printed as plain loops: no template takes it"] += 1
-    coverage.supported = dict(supported.most_common())
-    coverage.fallbacks = [Concern(op, count, reason) for (op, reason), count in fallbacks.items()]
-    coverage.refused = [Concern(op, count, reason) for (op, reason), count in refused.items()]
-    for node in program.placeholders:
-        value = node.meta.get(VAL)
-        if not isinstance(value, Tensor):
-            coverage.refused.append(Concern("input", 1, f"{node.target} is no tensor"))
-        elif (reason := _why_not_type(value)) is not None:
-            coverage.refused.append(Concern("input", 1, f"{node.target} has {reason}"))
-    return coverage
-
-
-def _constant(node: fx.Node) -> bool:
-    """Computed from weights alone: done when the program is lowered."""
-    inputs = node.all_input_nodes
-    return bool(inputs) and all(
-        used.op == "get_attr" or (used.op == "call_function" and _constant(used)) for used in inputs
-    )
-
-
-def _why_not(program: Program, definer: Definer, node: fx.Node) -> str | None:
-    value = node.meta.get(VAL)
-    for one in value if isinstance(value, (tuple, list)) else [value]:
-        reason = _why_not_type(one) if isinstance(one, Tensor) else None
-        if reason is not None:
-            return reason
-    if op_name(node) in _STATEMENTS:
-        return None
-    definition = definition_of(node)
-    if definition is None:
-        return "no definition of the operation by element"
-    reader = next((user for user in node.users), node) if isinstance(value, (tuple, list)) else node
-    return definition.refuses(Call(definer, reader if isinstance(value, (tuple, list)) else node))
-
-
-def _why_not_type(value: Tensor) -> str | None:
-    printed = not value.is_complex() and dtype_name(value.dtype) in ITEM_BYTES
-    return None if printed else f"numbers of type {value.dtype}"
+def _check(program: Program, options: CpuOptions) -> Coverage:
+    return check("cpu", program, _matchers(options))
 
 
 def _require_printable(schedule: Schedule) -> None:
@@ -240,38 +180,7 @@ def _require_printable(schedule: Schedule) -> None:
 
 
 def _manifest(program: Program, schedule: Schedule, weights: WeightBlock, notes: list[str]) -> dict[str, Any]:
-    outputs: list[dict[str, Any]] = []
-    for i, buffer in enumerate(schedule.outputs):
-        if isinstance(buffer, Buffer):
-            outputs.append({"dtype": buffer.dtype, "shape": [python_size(s) for s in buffer.shape],
-                            "in_place": schedule.in_place.get(i)})  # fmt: skip
-        else:
-            outputs.append({"value": python_size(buffer)})
-    inputs = [
-        {"name": str(node.target), "dtype": dtype_name(node.meta[VAL].dtype),
-         "shape": [python_size(s) for s in program.shape_expr(node)]}
-        for node in program.placeholders
-    ]  # fmt: skip
-    dims = [{"name": d.name, "minimum": d.minimum, "maximum": d.maximum} for d in program.dims.values()]
     return {
-        "format": FORMAT, "target": "cpu", "name": program.name, "dims": dims, "inputs": inputs, "outputs": outputs,
-        "metadata": program.metadata, "weight_bytes": max(weights.num_bytes, 64), "notes": notes,
+        "format": FORMAT, "target": "cpu", **signature_of(program, schedule),
+        "weight_bytes": max(weights.num_bytes, 64), "notes": notes,
     }  # fmt: skip
-
-
-def python_size(expr: Any) -> str:
-    """A size as a Python expression over dimension names."""
-    expr = sympy.sympify(expr)
-    kind = type(expr).__name__
-    if expr.is_Symbol or expr.is_Integer or expr.is_Float:
-        return str(expr)
-    args = [python_size(a) for a in expr.args]
-    if kind in ("Add", "Mul"):
-        return "(" + {"Add": " + ", "Mul": " * "}[kind].join(args) + ")"
-    if kind in ("FloorDiv", "CleanDiv", "Mod", "PythonMod"):
-        return f"({args[0]} {'%' if 'Mod' in kind else '//'} {args[1]})"
-    if kind in ("Max", "Min"):
-        return f"{kind.lower()}({', '.join(args)})"
-    if kind in ("Pow", "PowByNatural"):
-        return f"({args[0]} ** {args[1]})"
-    raise TargetError(f"a size {expr} cannot be written down")

@@ -7,11 +7,11 @@ import torch
 
 from irc.core.dims import dim_symbol
 from irc.lowering.cpu.barriers import Step, find_private, with_barriers
-from irc.lowering.cpu.memory import plan_memory
-from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.source import hints_of
 from irc.lowering.kernels.fusion import make_schedule
 from irc.lowering.kernels.kernel import Kernel
+from irc.lowering.kernels.memory import plan_memory
+from irc.lowering.kernels.prepare import fold_constants
 from tests.lowering import steps
 
 

@@ -15,10 +15,10 @@ from irc.frontend import capture
 from irc.lowering.cpp.build import find_compiler
 from irc.lowering.cpu.artifact import CpuArtifact
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.prepare import fold_constants
 from irc.lowering.cpu.sites import matchers
 from irc.lowering.kernels.fusion import make_schedule
 from irc.lowering.kernels.kernel import Kernel, Loop
+from irc.lowering.kernels.prepare import fold_constants
 from irc.lowering.kernels.sites import TemplateCall
 from tests.passes.test_quantize_activations import Residual
 

@@ -13,8 +13,8 @@ from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.core.target import op_name
-from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.layers import dequantized_parts
 
 _VIEWS = ("aten.view", "aten.reshape")
 BYTES = {"u8": "uint8_t", "i8": "int8_t"}

@@ -2,64 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import sympy
-import torch.fx as fx
 
-from irc.core.target import op_name
 from irc.lowering.cpp.expressions import size_text
 from irc.lowering.cpp.function import PrintedEpilogue, PrintedFunction
 from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.kernels.buffers import Buffer
-from irc.lowering.kernels.definitions import At, Definer, convert, settle
-from irc.lowering.kernels.ops.pointwise import activation
-from irc.lowering.kernels.sites import Finish, Memory, TemplateCall
-from irc.lowering.kernels.values import Apply, Value
-
-_LINEAR = ("aten.linear", "irc.linear_activation")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer in a graph."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    activation: str | None
-
-    @staticmethod
-    def of(node: fx.Node) -> Linear | None:
-        """The layer that a node is, or None."""
-        if op_name(node) not in _LINEAR:
-            return None
-        names = ("input" if op_name(node) == _LINEAR[0] else "x", "weight", "bias")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        x, weight, bias = (given.get(name) for name in names)
-        if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
-            return None
-        chosen = given.get("activation")
-        return Linear(node, x, weight, bias if isinstance(bias, fx.Node) else None,
-                      str(chosen) if chosen is not None else None)  # fmt: skip
-
-    def finish(self) -> Finish:
-        """acc + bias, rounded as the program rounds it, and the activation."""
-
-        def finished(definer: Definer, acc: Value, index: At) -> Value:
-            value, dtype = acc, definer.dtype(self.node)
-            if self.bias is not None:
-                value = Apply("add", (value, convert(definer.value(self.bias, index[-1:]), value.dtype)), value.dtype)
-            value = settle(value, dtype)
-            return value if self.activation is None else settle(activation(self.activation, value), dtype)
-
-        return finished
-
-
-def rows_of(shape: At) -> sympy.Expr:
-    """Rows of [..., K] seen as a matrix."""
-    return sympy.prod(shape[:-1])
+from irc.lowering.kernels.sites import Memory, TemplateCall
 
 
 def function(
@@ -76,14 +25,6 @@ def function(
         call.name, tuple(str(origin) for origin in call.origins), parameters, body, arguments,
         tuple(sorted(sizes, key=lambda s: s.name)), includes, scratch,
     )  # fmt: skip
-
-
-def constant(node: fx.Node) -> bool:
-    """Computed from weights alone: a weight once constants are folded."""
-    inputs = node.all_input_nodes
-    return node.op == "get_attr" or (
-        node.op == "call_function" and bool(inputs) and all(constant(used) for used in inputs)
-    )
 
 
 def rows_text(rows: sympy.Expr) -> str:

@@ -14,10 +14,10 @@ from irc.lowering.cpp.templates.base import C_TYPES
 from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments, convolution_function
-from irc.lowering.cpu.sites._linear import constant
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.layers import constant
 from irc.lowering.kernels.sites import Site, TemplateCall
 
 

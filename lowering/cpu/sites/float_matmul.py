@@ -11,11 +11,11 @@ from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import float_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._linear import Linear, constant, function, matmul_body, rows_of, rows_text
-from irc.lowering.cpu.sites.quantized_matmul import dequantized_parts
+from irc.lowering.cpu.sites._linear import function, matmul_body, rows_text
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.layers import Linear, constant, dequantized_parts, rows_of
 from irc.lowering.kernels.sites import Site, TemplateCall
 
 _ROUND = 64

@@ -19,11 +19,11 @@ from irc.lowering.cpp.templates.conv2d import ConvProblem
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites._convolution import Convolution, conv_arguments, convolution_function
 from irc.lowering.cpu.sites._integers import BYTES, Int8Weight, IntegerOperands, StaticInt8
-from irc.lowering.cpu.sites._linear import Linear, rows_of
 from irc.lowering.cpu.sites._requantize import Requantization
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.layers import Linear, rows_of
 from irc.lowering.kernels.sites import Site, TemplateCall
 
 

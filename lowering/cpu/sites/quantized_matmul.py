@@ -7,13 +7,10 @@ or where the option `activations="int8"` allows it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.fx as fx
 
-from irc.core import formats
-from irc.core.formats import QuantFormat
 from irc.core.ops.registry import is_irc_op
 from irc.core.program import Program
 from irc.lowering.cpp.function import PrintedFunction
@@ -21,10 +18,11 @@ from irc.lowering.cpp.printer import print_epilogue
 from irc.lowering.cpp.templates import quantized_matmul as template
 from irc.lowering.cpp.templates.base import C_TYPES, MatmulProblem
 from irc.lowering.cpu.options import CpuOptions
-from irc.lowering.cpu.sites._linear import Linear, function, matmul_body, rows_of, rows_text
+from irc.lowering.cpu.sites._linear import function, matmul_body, rows_text
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.layers import Linear, dequantized_parts, quantized_by_token, rows_of
 from irc.lowering.kernels.sites import Site, TemplateCall
 
 _ROUND = 64
@@ -55,37 +53,6 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     if template.refuses(problem, "plain") is not None:
         return None
     return Site("quantized_matmul", node, ((x, "rows"),), problem, covers=(layer.weight,), finish=layer.finish())
-
-
-def dequantized_parts(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node | None] | None:
-    """(stored, scale, zero point, tensor scale) of a dequantized weight; None unless all are weights."""
-    parts: list[Any] = [*node.args, *[None] * (4 - len(node.args))]
-    parts[3] = parts[3] or node.kwargs.get("tensor_scale")
-    if any(part is not None and (not isinstance(part, fx.Node) or part.op != "get_attr") for part in parts):
-        return None
-    stored, scale, zero_point, tensor_scale = parts
-    return stored, scale, zero_point, tensor_scale
-
-
-def quantized_by_token(node: fx.Node) -> fx.Node | None:
-    """x of dequantize(quantize(x, dynamic_scale(x))) in int8 with a scale a row; None for anything else."""
-    if not is_irc_op(node.target, "dequantize") or _given(node, 2) is not None:
-        return None
-    stored, scale = node.args[:2]
-    if not isinstance(stored, fx.Node) or not is_irc_op(stored.target, "quantize") or _given(stored, 2) is not None:
-        return None
-    if not isinstance(scale, fx.Node) or not is_irc_op(scale.target, "dynamic_scale") or stored.args[1] is not scale:
-        return None
-    chosen = formats.parse(str(node.kwargs["format"]))
-    by_token = isinstance(chosen, QuantFormat) and (chosen.bits, chosen.group_size, chosen.symmetric, chosen.signed,
-                                                    chosen.per_tensor) == (8, None, True, True, False)  # fmt: skip
-    same = all(one.kwargs["format"] == node.kwargs["format"] for one in (stored, scale))
-    x = stored.args[0]
-    return x if by_token and same and isinstance(x, fx.Node) and scale.args[0] is x else None
-
-
-def _given(node: fx.Node, position: int) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get("zero_point")
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:

@@ -1,0 +1,1 @@
+"""What printed kernels call: operations on elements, and tiles of products and attention."""

@@ -1,0 +1,184 @@
+"""Kernels as Triton functions: rows of the outer axes are shared among programs, innermost loops run in lanes.
+
+    @triton.jit
+    def k(out0, in0, in1, B, S):
+        i = tl.program_id(0) * 4 + tl.arange(0, 4)[:, None]     # rows
+        ...
+        j0 = tl.arange(0, 256)[None, :]                         # lanes
+
+Elementwise kernels have no lanes of their own: all axes together are the rows, a block of them a program. Names are
+positional, so that kernels that do the same for other layers come out as the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from irc.lowering.kernels.buffers import Buffer
+from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Statement, Store, axes_of, statements, values_of
+from irc.lowering.kernels.printing import Lines
+from irc.lowering.kernels.sites import Memory
+from irc.lowering.kernels.values import Apply, walk
+from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
+from irc.lowering.triton.statements import DYNAMIC_LANES, MOST_LANES, ROWS, Body, Shape, next_power
+
+BLOCK = 1024
+"""Elements that a program of an elementwise kernel computes: with 4 warps, 8 a thread."""
+_ELEMENTS = 2048
+"""Elements of rows times lanes that a program has at most where rows are short."""
+
+
+@dataclass(frozen=True)
+class PrintedKernel:
+    """A Triton function and how it is launched.
+
+    Attributes:
+        name: readable; the program makes it unique.
+        comment: lines above it.
+        parameters: names of the pointers; the sizes follow.
+        body: text of the function.
+        arguments: for each parameter its buffer or memory.
+        sizes: named dimensions that follow as parameters.
+        grid: number of programs, over the sizes.
+        warps: of a program.
+    """
+
+    name: str
+    comment: tuple[str, ...]
+    parameters: tuple[str, ...]
+    body: str
+    arguments: tuple[Buffer | Memory, ...]
+    sizes: tuple[sympy.Symbol, ...]
+    grid: str
+    warps: int
+
+    @property
+    def key(self) -> str:
+        """Equal for functions that do the same."""
+        kinds = ",".join((a if isinstance(a, Buffer) else a.buffer).dtype for a in self.arguments)
+        return f"{self.parameters}{kinds}{self.sizes}{self.grid}{self.warps}{self.body}"
+
+    def text(self, name: str) -> str:
+        """The whole function under a name."""
+        comment = "".join(f"# {line}\n" for line in self.comment)
+        parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes)))
+        return f"{comment}@triton.jit\ndef {name}({parameters}):\n{self.body}"
+
+    def call(self, name: str, arguments: Sequence[str]) -> str:
+        """The launch, as a line of the step."""
+        given = ", ".join((*arguments, *(size.name for size in self.sizes), f"num_warps={self.warps}"))
+        return f"{name}[({self.grid},)]({given})"
+
+
+def print_kernel(kernel: Kernel) -> PrintedKernel:
+    """Print a kernel."""
+    return _Printer(kernel).printed()
+
+
+class _Printer:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.outer, self.body = _flattened(kernel)
+        self.pointers = pointer_names(kernel.writes, kernel.reads)
+        self.names: dict[sympy.Symbol, str] = {axis.symbol: f"i{n}" for n, axis in enumerate(self.outer)}
+        if len(self.outer) == 1:
+            self.names[self.outer[0].symbol] = "i"
+        inner = [a.symbol for a in axes_of(kernel) if a.symbol not in self.names]
+        self.names |= {symbol: f"j{n}" for n, symbol in enumerate(dict.fromkeys(inner))}
+
+    def printed(self) -> PrintedKernel:
+        kernel, out = self.kernel, Lines(1)
+        total = sympy.prod([axis.extent for axis in self.outer])
+        lanes = _in_lanes(self.body, self.outer)
+        rows, width = (1, _width(self.body)) if lanes else (BLOCK, 0)
+        if lanes:
+            rows = max(1, min(next_power(_ELEMENTS // width), 16)) if width * 4 <= _ELEMENTS and self.outer else 1
+        elif total.is_Integer:
+            rows = min(BLOCK, next_power(int(total)))
+        shape = Shape((rows, 1) if lanes else (rows,), lanes)
+        suffix = "[:, None]" if lanes else ""
+        out.add(f"i = tl.program_id(0) * {rows} + tl.arange(0, {rows}){suffix}")
+        masks = {}
+        text = size_text(total, self.names)
+        if rows > 1 and not (total.is_Integer and total % rows == 0):
+            out.add(f"exists = i < {text}")
+            masks[ROWS] = "exists"
+        self._decompose(out)
+        symbols = frozenset(axis.symbol for axis in self.outer)
+        Body(self.pointers, self.names, out, shape, symbols, masks, {ROWS: "0 * i"}).statements(self.body)
+        warps = _warps(rows * max(width, 1))
+        comment = tuple(str(origin) for origin in kernel.origins)
+        grid = f"triton.cdiv({text}, {rows})" if rows > 1 else text
+        return PrintedKernel(
+            kernel.name, comment, tuple(self.pointers.values()), out.text(), tuple(self.pointers),
+            tuple(s for s in kernel.sizes if s not in self.names), grid, warps,
+        )  # fmt: skip
+
+    def _decompose(self, out: Lines) -> None:
+        """Indices of the outer axes from their common position."""
+        rest = "i"
+        if len(self.outer) <= 1:
+            return
+        for number in range(len(self.outer) - 1, 0, -1):
+            extent = size_text(self.outer[number].extent, self.names)
+            out.add(f"i{number} = {rest} % {extent}")
+            if number > 1:
+                out.add(f"q{number} = {rest} // {extent}")
+                rest = f"q{number}"
+            else:
+                out.add(f"i0 = {rest} // {extent}")
+
+
+def pointer_names(written: Sequence[Buffer], read: Sequence[Buffer]) -> dict[Buffer, str]:
+    """Names of pointer parameters: what is written first."""
+    names = {buffer: f"out{i}" for i, buffer in enumerate(written)}
+    names |= {buffer: f"in{i}" for i, buffer in enumerate(b for b in read if b not in names)}
+    return names
+
+
+def _flattened(kernel: Kernel) -> tuple[list[Axis], tuple[Statement, ...]]:
+    """(outer axes, body), with the loops around stores alone among the axes where there is one nest of them."""
+    outer, body = list(kernel.outer), kernel.body
+    if any(not isinstance(s, (Loop, Store)) for s in statements(body)):
+        return outer, body
+    while len(body) == 1 and isinstance(body[0], Loop) and body[0].axis.stop is None:
+        outer.append(body[0].axis)
+        body = body[0].body
+    return outer, body
+
+
+def _in_lanes(body: Sequence[Statement], outer: Sequence[Axis]) -> bool:
+    """Whether innermost loops become lanes: where one walks memory step by step, or nothing else is parallel."""
+    innermost = [
+        s for s in statements(tuple(body)) if isinstance(s, Loop) and not any(isinstance(x, Loop) for x in s.body)
+    ]
+    if not innermost:
+        return False
+    positions = any(isinstance(x, Combine) and x.op.startswith("arg") for loop in innermost for x in loop.body)
+    return not outer or positions or any(loop.axis.kind == "vector" for loop in innermost)
+
+
+def _width(body: Sequence[Statement]) -> int:
+    """Lanes of the widest loop."""
+    widest = 1
+    for statement in statements(tuple(body)):
+        if isinstance(statement, Loop) and all(isinstance(s, (Combine, Store)) for s in statement.body):
+            extent = statement.axis.extent
+            lanes = min(next_power(int(extent)), MOST_LANES) if extent.is_Integer else DYNAMIC_LANES
+            widest = max(widest, lanes)
+    return widest
+
+
+def _warps(elements: int) -> int:
+    """Warps of a program: some eight elements a thread, at most 8 warps."""
+    return max(1, min(8, next_power(elements // 256)))
+
+
+def unsupported(kernel: Kernel) -> list[str]:
+    """Operations and types in a kernel that cannot be printed."""
+    operations = {part.op for value in values_of(kernel) for part in walk(value) if isinstance(part, Apply)}
+    kinds = {f"numbers of type {b.dtype}" for b in (*kernel.writes, *kernel.reads) if b.dtype not in STORAGE_TYPES}
+    return sorted({op for op in operations if not known_operation(op)} | kinds)
