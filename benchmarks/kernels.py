@@ -54,7 +54,13 @@ _BEYOND_CACHE = 96 << 20
 # What time is read from; main() may change it to the processor time of the thread.
 CLOCK: dict[str, Callable[[], float]] = {"now": time.perf_counter}
 _PRELUDE = """
+#include <vector>
 extern "C" void* make_pool(int threads) { return new irc::Pool(threads); }
+static void give_memory(irc::Worker& worker) {
+    struct alignas(64) Block { std::uint8_t bytes[irc::worker_bytes]; };
+    static std::vector<Block> blocks(worker.count);
+    worker.memory = blocks[worker.index].bytes;
+}
 """
 _ROW_EPILOGUE = (
     "[&](int64_t m, int64_t n0, int64_t n1, const float* values)"
@@ -121,7 +127,7 @@ def _turns(items: list[Tensor]) -> Callable[[], Tensor]:
 def _function(name: str, parameters: str, body: str) -> str:
     return (
         f'extern "C" void {name}(void* pool, {parameters}) {{\n'
-        f"    auto body = [&](irc::Worker& worker) {{\n{body}    }};\n"
+        f"    auto body = [&](irc::Worker& worker) {{\n        give_memory(worker);\n{body}    }};\n"
         "    static_cast<irc::Pool*>(pool)->run(body);\n}\n"
     )
 

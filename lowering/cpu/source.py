@@ -91,13 +91,14 @@ def print_program(
         share: innermost iterations of a kernel that a worker takes at least (None: as the kernel says).
     """
     private = private or Private()
-    functions, scratch = _Functions(), list[str]()
+    functions, scratch, blocks = _Functions(), list[str](), False
     pointers = _Pointers(program, schedule, plan, weights)
     steps: list[Step] = []
     for step in schedule.steps:
         writes, reads = touched(step)
         made = print_kernel(step, share) if isinstance(step, Kernel) else print_template(step, program, weights)
         scratch += [made.scratch] if made.scratch else []
+        blocks |= bool(made.includes)  # templates keep blocks in the workers' memory
         arguments = [pointers.argument(a) for a in made.arguments]
         worker = "own" if isinstance(step, Kernel) and step.name in private.kernels else "worker"
         statement, comment = made.call(functions.name_of(made), arguments, worker), list(made.comment)
@@ -109,7 +110,7 @@ def print_program(
         for number, one in enumerate(steps):
             one.statement += f"\n    worker.barrier();\n    times.mark(worker.index, {number});"
     lines, barriers, barriers_alone = with_barriers(steps, {pointers.place(b) for b in private.buffers})
-    layout, total = _layout(plan, scratch, private)
+    layout, total = _layout(plan, scratch, private, blocks=blocks)
     text = _main_text(dims, layout, total, [*pointers.declarations(), *lines], len(steps) if profile else None)
     head = "".join(f"#include {_include(i)}\n" for i in _INCLUDES) + f"\n// Program {program.name}.\n"
     headers = ("irc/pool_impl.h", *(("irc/profile.h",) if profile else ()))
@@ -137,7 +138,8 @@ def _main_text(dims: Mapping[str, int], layout: list[str], total: str, lines: li
     text += "void step(irc::Worker& worker, const Arguments& arguments) {\n"
     text += "    const int64_t* const sizes = arguments.sizes;\n"
     text += "    const int workers = worker.count;\n    (void)sizes;\n    (void)workers;\n"
-    text += "\n".join([*sizes, *layout, *_OWN_WORKER, *started, *lines])
+    own = [_OWN_MEMORY] if total != "blocks" else []
+    text += "\n".join([*sizes, *layout, *_OWN_WORKER, *own, *started, *lines])
     return text + "\n}\n\n}  // namespace\n" + INTERFACE + ("" if timed is None else PROFILE_INTERFACE)
 
 
@@ -153,8 +155,8 @@ class _Pointers:
         self._inputs = {name: i for i, name in enumerate(n.name for n in program.placeholders)}
         self._program, self._schedule, self._plan, self._weights = program, schedule, plan, weights
         self._names: dict[Buffer, str] = {}
-        self._taken = {"worker", "arguments", "sizes", "workers", "arena", "scratch", "alone", "own", "by_itself",
-                       *program.dims}  # fmt: skip
+        self._taken = {"worker", "arguments", "sizes", "workers", "arena", "scratch", "blocks", "alone", "own",
+                       "by_itself", *program.dims}  # fmt: skip
         self._lines: list[str] = []
 
     def of(self, buffer: Buffer) -> str:
@@ -217,9 +219,15 @@ _OWN_WORKER = [
     "    [[maybe_unused]] irc::Worker& own = alone ? by_itself : worker;",
 ]
 
+_OWN_MEMORY = "    worker.memory = arguments.arena + blocks + worker.index * irc::worker_bytes;"
 
-def _layout(plan: Plan, scratch: list[str], private: Private) -> tuple[list[str], str]:
-    """Declarations of the slots' offsets, and the arena's size."""
+
+def _layout(plan: Plan, scratch: list[str], private: Private, *, blocks: bool) -> tuple[list[str], str]:
+    """Declarations of the slots' offsets, and the arena's size.
+
+    Args:
+        blocks: whether workers have memory of their own (`irc::Worker::memory`), which lies behind the rest.
+    """
     alone = " && ".join(f"int64_t({size_text(rows, {})}) == 1" for rows in private.rows) or "true"
     lines, previous = [f"    [[maybe_unused]] const bool alone = {alone if private.kernels else 'false'};"], "0"
     for i, slot in enumerate(plan.slots):
@@ -238,7 +246,8 @@ def _layout(plan: Plan, scratch: list[str], private: Private) -> tuple[list[str]
         for other in dict.fromkeys(scratch[1:]):
             largest = f"irc::max_of({largest}, {other})"
         previous = f"scratch + irc::round_up({largest}, {ALIGNMENT})"
-    return lines, previous
+    lines.append(f"    [[maybe_unused]] const int64_t blocks = {previous};")
+    return lines, "blocks + workers * irc::worker_bytes" if blocks else "blocks"
 
 
 def _include(name: str) -> str:

@@ -50,7 +50,8 @@ def workers_function(name: str, parameters: str, call: str) -> str:
     """A C function of `threads` and the parameters, in which every worker of a pool runs the call of a kernel."""
     return (
         f'extern "C" void {name}(int threads, {parameters}) {{\n'
-        f"    auto body = [&](irc::Worker& worker) {{\n{call}    }};\n    pool(threads).run(body);\n}}"
+        f"    auto body = [&](irc::Worker& worker) {{\n        give_memory(worker);\n"
+        f"{call}    }};\n    pool(threads).run(body);\n}}"
     )
 
 
@@ -100,6 +101,9 @@ def build(includes: Sequence[str], functions: Sequence[str], isa: str) -> ctypes
     lines.append("static irc::Pool& pool(int threads) {")
     lines.append("    static irc::Pool one(1), two(2), three(3);")
     lines.append("    return threads == 1 ? one : threads == 2 ? two : three;\n}")
+    lines.append("[[maybe_unused]] static void give_memory(irc::Worker& worker) {")
+    lines.append("    alignas(64) static std::uint8_t memory[3][irc::worker_bytes];")
+    lines.append("    worker.memory = memory[worker.index];\n}")
     lines += functions
     return ctypes.CDLL(str(compile_library("\n".join(lines) + "\n", isa)))
 

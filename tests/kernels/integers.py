@@ -110,7 +110,8 @@ def ending_function(template: ModuleType, name: str, ending: Ending) -> str:
         " const float* factors, const float* offsets, float factor, float least, float most, int zero) {\n"
         f"    const irc::Requantize<{ending.out}, {ending.added}> epilogue{{out, {other}, factors, offsets, factor,"
         f" least, most, {problem.out_channels}, zero}};\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, 'epilogue')}    }};\n"
+        f"    auto body = [&](irc::Worker& worker) {{\n        give_memory(worker);\n"
+        f"{template.call(problem, args, 'epilogue')}    }};\n"
         "    pool(threads).run(body);\n}"
     )
 

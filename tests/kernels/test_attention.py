@@ -65,7 +65,8 @@ def _function(name: str, problem: AttentionProblem, paged: bool) -> str:
         f" int64_t queries, int64_t length, int64_t rows, const int64_t* sequence_ids, const int64_t* table,"
         f" int64_t table_stride, uint8_t* scratch, float* out) {{\n"
         f"    (void)rows; (void)sequence_ids; (void)table; (void)table_stride;\n"
-        f"    auto body = [&](irc::Worker& worker) {{\n{template.call(problem, args, epilogue)}    }};\n"
+        f"    auto body = [&](irc::Worker& worker) {{\n        give_memory(worker);\n"
+        f"{template.call(problem, args, epilogue)}    }};\n"
         "    pool(threads).run(body);\n}"
     )
 

@@ -129,7 +129,7 @@ def packed_bytes(problem: ConvProblem) -> int:
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
-    """What `winograd` spreads a worker's tiles to (irc::WinogradScratch); other blocks live on the workers' stacks."""
+    """What `winograd` spreads a worker's tiles to (irc::WinogradScratch); other blocks live in the workers' memory."""
     if not problem.winograd:
         return 0
     inputs = -(-problem.channels // _DEPTH) * _PLACES * _TILES * (_DEPTH + 16)

@@ -102,7 +102,7 @@ def scales_at(problem: ConvProblem) -> int:
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
-    """None: blocks live on the workers' stacks."""
+    """None: blocks live in the workers' memory."""
     return 0
 
 

@@ -78,7 +78,7 @@ def packed_bytes(problem: ConvProblem) -> int:
 
 
 def scratch_bytes(problem: ConvProblem, num_rows: int, num_workers: int) -> int:
-    """None: what is widened or copied lives on the workers' stacks."""
+    """None: what is widened or copied lives in the workers' memory."""
     return 0
 
 

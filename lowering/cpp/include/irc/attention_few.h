@@ -15,6 +15,9 @@ struct RowState {
     alignas(64) float values[few_rows * value_width];
     float top[few_rows], total[few_rows];
     KeyRange range[few_rows];
+    // Keys, and then values, that were widened; scores of a block of keys.
+    alignas(64) float buffer[few_keys * (width > value_width ? width : value_width)];
+    alignas(64) float scores[few_rows * few_keys];
 };
 
 // Numbers that are read as they lie come from memory: asks for what lies two kilobytes behind `width` numbers of a row, in
@@ -163,9 +166,8 @@ inline void few_run(State& state, const Arguments& arguments, int64_t b, int64_t
     constexpr bool readable = whole && !std::is_same_v<Stored, nibbles>;
     const bool direct = readable && (floats || (count <= 2 && arguments.keys.scales.base == nullptr &&
                                                 arguments.values.scales.base == nullptr));
-    constexpr int64_t widest = State::width > State::value_width ? State::width : State::value_width;
-    alignas(64) float buffer[floats && whole ? 1 : few_keys * widest];
-    alignas(64) float scores[few_rows * few_keys];
+    [[maybe_unused]] float* const buffer = state.buffer;
+    float* const scores = state.scores;
     const float* float_rows[few_keys];
     const Stored* stored_rows[few_keys];
     float decay[few_rows];
@@ -241,7 +243,7 @@ inline void few(Worker& worker, const Arguments& arguments, uint8_t* scratch, Ep
         const int64_t first = min_of(arguments.length, plan.first + split * plan.keys_a_split);
         const int64_t last = split + 1 == plan.splits ? arguments.length : first + plan.keys_a_split;
         const KeyRange keys{split == 0 ? 0 : first, min_of(arguments.length, last)};
-        State state;
+        State& state = in_worker_memory<State>(worker);
         for (int64_t row = block * plan.per_block; row < end;) {
             int64_t count = end - row;
             if (arguments.sequence_ids != nullptr) {

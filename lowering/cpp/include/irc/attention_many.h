@@ -155,7 +155,7 @@ inline void many(Worker& worker, const Arguments& arguments, uint8_t* scratch, E
         const int64_t b = chunk / blocks / arguments.kv_heads;
         const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
         const float* keys = panels + (b * arguments.kv_heads + head) * Sizes::floats(last);
-        ManyState<Width, ValueWidth> state;
+        auto& state = in_worker_memory<ManyState<Width, ValueWidth>>(worker);
         many_run<Width, ValueWidth>(state, arguments, b, head, first, count, keys, keys + Sizes::keys(last), last);
         for (int64_t r = 0; r < count; ++r) {
             float* values = state.values + r * gemm_columns;

@@ -273,9 +273,20 @@ struct DepthwiseOperand {
     }
 };
 
+template <class Product, class Input>
+struct DepthwiseMemory {
+    DepthwiseCopies<Input> copies;
+    // Wider weights of some blocks, for products that want them so.
+    static constexpr int64_t largest = 32 * depthwise_places;
+    static_assert(largest >= depthwise_cached, "the weights of one block, or of some that are cached together");
+    alignas(64) uint8_t weights[Product::widening > 1 ? Product::widening * largest : 64];
+
+    explicit DepthwiseMemory(int64_t places) : copies(places) {}
+};
+
 // Pixels [m0, m1), blocks [b0, b1) of channels. known: fours of places in front of a single one, or 0.
 template <class Product, int64_t known, class Input, class Epilogue>
-__attribute__((noinline)) void depthwise_part(const ConvShape& shape, const DepthwiseWindow& window, const Input* input,
+__attribute__((noinline)) void depthwise_part(const Worker& worker, const ConvShape& shape, const DepthwiseWindow& window, const Input* input,
                                               const DepthwiseOperand& operand, int64_t m0, int64_t m1, int64_t b0,
                                               int64_t b1, const Epilogue& epilogue) {
     constexpr bool widens = Product::widening > 1;
@@ -283,13 +294,13 @@ __attribute__((noinline)) void depthwise_part(const ConvShape& shape, const Dept
     const bool single = known > 0 || window.single;
     const int64_t whole = min_of(b1, shape.channels / depthwise_block), left = shape.channels - 32 * whole;
     const uint8_t* const packed = operand.weights;
-    alignas(64) uint8_t memory[widens ? Product::widening * max_of(depthwise_cached, 32 * depthwise_places) : 64];
+    DepthwisePlaces<Input> places(shape, window);
+    auto& memory = in_worker_memory<DepthwiseMemory<Product, Input>>(worker, places.padded);
+    DepthwiseCopies<Input>& copies = memory.copies;
     const int64_t distance = widens ? 128 * Product::widening * fours : block_bytes;
     for (int64_t b = b0; widens && b < b1; ++b)
-        Product::ready(packed + b * block_bytes, fours, memory + (b - b0) * distance);
-    const uint8_t* const weights = widens ? memory : packed + b0 * block_bytes;
-    DepthwisePlaces<Input> places(shape, window);
-    DepthwiseCopies<Input> copies(places.padded);
+        Product::ready(packed + b * block_bytes, fours, memory.weights + (b - b0) * distance);
+    const uint8_t* const weights = widens ? memory.weights : packed + b0 * block_bytes;
     DepthwiseResults<Epilogue> results{epilogue, operand.scales, shape.channels, {}, 0};
     const Input* const end = input + shape.batch * shape.height * shape.width * shape.channels;
     const Input* const outside = reinterpret_cast<const Input*>(operand.outside);
@@ -350,7 +361,7 @@ IRC_INLINE void depthwise_bytes(Worker& worker, const ConvShape& shape, const In
 #endif
     for_chunks(worker, cuts * parts, [&](int64_t chunk) {
         const int64_t cut = chunk / parts, b0 = chunk % parts * together, b1 = min_of(blocks, b0 + together);
-        part(shape, window, input, operand, pixels * cut / cuts, pixels * (cut + 1) / cuts, b0, b1, epilogue);
+        part(worker, shape, window, input, operand, pixels * cut / cuts, pixels * (cut + 1) / cuts, b0, b1, epilogue);
     });
 }
 

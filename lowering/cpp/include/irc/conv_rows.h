@@ -133,19 +133,23 @@ inline void conv_panels(const Product& product, const Rows& rows, int64_t count,
     run(higher, count, least);
 }
 
-// What a block of rows needs in memory: sums of all its columns, or of as many as the epilogue gets at once.
-template <class Product>
-struct BlockSums {
+// What a block needs in memory: its rows, and the sums of all its columns, or of as many as the epilogue gets at once.
+template <class Rows, class Product>
+struct ConvMemory {
+    Rows rows;
     alignas(64) typename Product::Sum totals[conv_columns / conv_group][gemm_rows * conv_group];
     alignas(64) float values[conv_group];
+
+    ConvMemory(const ConvShape& shape, const Product& product) : rows(shape, product) {}
 };
 
 // Rows [m0, m1), columns [n0, n1) of one group.
 template <class Rows, class Product, class Input, class Epilogue>
-inline void conv_block(const ConvShape& shape, const Product& product, const Input* input, const uint8_t* packed,
-                       int64_t group, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Epilogue& epilogue) {
-    Rows rows(shape, product);
-    BlockSums<Product> memory;
+inline void conv_block(const Worker& worker, const ConvShape& shape, const Product& product, const Input* input,
+                       const uint8_t* packed, int64_t group, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                       Epilogue& epilogue) {
+    auto& memory = in_worker_memory<ConvMemory<Rows, Product>>(worker, shape, product);
+    Rows& rows = memory.rows;
     const int64_t places = shape.places(), count = m1 - m0, outputs = group * shape.group_outputs();
     const int64_t panel_bytes = Product::panel_bytes(places);
     for (int64_t place = 0, length; place < places; place += length) {
@@ -208,15 +212,18 @@ inline void conv_rows(Worker& worker, const ConvShape& shape, const Product& pro
         const uint8_t* weights = packed + group * group_bytes;
         if constexpr (std::is_same_v<Input, typename Product::Row> && reads_in_place) {
             if (PixelRows<Product>::fits(shape, product)) {
-                conv_block<PixelRows<Product>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+                conv_block<PixelRows<Product>>(worker, shape, product, input, weights, group, m0, m1, n0, n1,
+                                               epilogue);
                 return;
             }
             if (RowsInPlace<Product>::fits(shape, product)) {
-                conv_block<RowsInPlace<Product>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+                conv_block<RowsInPlace<Product>>(worker, shape, product, input, weights, group, m0, m1, n0, n1,
+                                               epilogue);
                 return;
             }
         }
-        conv_block<GatheredRows<Product, Input>>(shape, product, input, weights, group, m0, m1, n0, n1, epilogue);
+        conv_block<GatheredRows<Product, Input>>(worker, shape, product, input, weights, group, m0, m1, n0, n1,
+                                                 epilogue);
     });
 }
 

@@ -22,21 +22,29 @@ constexpr int64_t most_few = 16, few_depth = 64;
 constexpr int few_panels = 2, few_height = gemm_panels == 2 ? gemm_height : 2;
 
 // Rows of a block for a range of k, close together: rows a power of two apart would share a few sets of the caches.
-template <class Input>
+template <class Input, int64_t most, int64_t depth>
 struct RowBlock {
-    static constexpr int64_t stride = gemm_depth + 16;
-    alignas(64) Input rows[gemm_rows * stride];
+    static constexpr int64_t stride = depth + 16;
+    alignas(64) Input rows[most * stride];
 
     void fill(const Input* x, int64_t x_stride, int64_t count, int64_t length) {
         for (int64_t m = 0; m < count; ++m) std::memcpy(rows + m * stride, x + m * x_stride, length * sizeof(Input));
     }
 };
 
-// Rows [m0, m1) times the panels of columns [n0, n1), into totals [rows][gemm_columns].
+// A block, and its sums.
+template <class Input>
+struct GemmMemory {
+    RowBlock<Input, gemm_rows, gemm_depth> block;
+    alignas(64) float totals[gemm_rows * gemm_columns];
+};
+
+// Rows [m0, m1) times the panels of columns [n0, n1), into memory.totals [rows][gemm_columns].
 template <class Panel, class Input>
-inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, int64_t m0, int64_t m1, int64_t n0,
-                       int64_t n1, int64_t size, float* totals) {
-    RowBlock<Input> block;
+inline void gemm_block(GemmMemory<Input>& memory, const Input* x, int64_t stride, const uint8_t* packed, int64_t m0,
+                       int64_t m1, int64_t n0, int64_t n1, int64_t size) {
+    auto& block = memory.block;
+    float* const totals = memory.totals;
     const int64_t rows = m1 - m0, panel_bytes = Panel::bytes(size), tiles = ceil_div(rows, gemm_height);
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t n = 0; n < round_up(n1 - n0, 16); n += 16) store(totals + m * gemm_columns + n, zero());
@@ -65,7 +73,7 @@ inline void gemm_block(const Input* x, int64_t stride, const uint8_t* packed, in
 template <class Panel, class Input>
 inline void few_rows_block(const Input* x, int64_t stride, const uint8_t* panel, int64_t rows, int64_t panels, int64_t size,
                            float* totals) {
-    RowBlock<Input> block;
+    RowBlock<Input, most_few, few_depth> block;
     const int64_t panel_bytes = Panel::bytes(size), tiles = ceil_div(rows, gemm_height);
     const int64_t ahead = Panel::at(panel, few_depth) - panel;
     for (int64_t m = 0; m < rows; ++m)
@@ -171,8 +179,9 @@ inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uin
         const int64_t row_block = chunk / column_blocks, n0 = chunk % column_blocks * width;
         const int64_t m0 = num_rows * row_block / row_blocks, m1 = num_rows * (row_block + 1) / row_blocks;
         const int64_t n1 = min_of(num_columns, n0 + width);
-        alignas(64) float totals[gemm_rows * gemm_columns];
-        gemm_block<Panel>(x, stride, packed, m0, m1, n0, n1, size, totals);
+        GemmMemory<Input>& memory = in_worker_memory<GemmMemory<Input>>(worker);
+        float* const totals = memory.totals;
+        gemm_block<Panel>(memory, x, stride, packed, m0, m1, n0, n1, size);
         for (int64_t m = m0; m < m1; ++m)
             for (int64_t n = n0; n < n1; n += gemm_piece)
                 finish(m, n, min_of(n1, n + gemm_piece), totals + (m - m0) * gemm_columns + n - n0);

@@ -18,15 +18,10 @@ IRC_BEGIN
 
 constexpr int64_t linear_rows = 192, linear_columns = 768, linear_group = 128;
 
-// A worker's block. It outlives a call: a stack may be smaller than this.
 struct LinearMemory {
     alignas(64) float rows[linear_rows * gemm_depth];
     alignas(64) float sums[linear_rows * linear_columns];
 };
-inline LinearMemory& linear_memory() {
-    static thread_local LinearMemory memory;
-    return memory;
-}
 
 // H packed rows, as FloatProduct reads them.
 template <int H>
@@ -90,10 +85,10 @@ inline void pack_tile(const Input* x, int64_t stride, int64_t length, int64_t pa
 template <class Product, class Input, class Epilogue>
 class LinearBlock {
 public:
-    LinearBlock(const Input* x, int64_t stride, const uint8_t* packed, int64_t m0, int64_t count, int64_t n0, int64_t n1,
-                int64_t size, Epilogue& epilogue)
+    LinearBlock(LinearMemory& memory, const Input* x, int64_t stride, const uint8_t* packed, int64_t m0, int64_t count,
+                int64_t n0, int64_t n1, int64_t size, Epilogue& epilogue)
         : x_(x + m0 * stride), stride_(stride), packed_(packed), m0_(m0), count_(count), n0_(n0), n1_(n1), size_(size),
-          tiles_(ceil_div(count, Product::height)), memory_(linear_memory()), epilogue_(epilogue) {}
+          tiles_(ceil_div(count, Product::height)), memory_(memory), epilogue_(epilogue) {}
 
     void run() {
         for (int64_t k = 0; k < size_; k += gemm_depth) {
@@ -206,8 +201,8 @@ inline void linear_rows_product(Worker& worker, const Input* x, int64_t stride, 
     for_chunks(worker, blocks * column_blocks, [&](int64_t chunk) {
         const int64_t block = chunk / column_blocks, n0 = chunk % column_blocks * width;
         const int64_t m0 = num_rows * block / blocks, m1 = num_rows * (block + 1) / blocks;
-        LinearBlock<FloatProduct<Stored>, Input, Epilogue>(x, stride, packed, m0, m1 - m0, n0, min_of(num_columns, n0 + width),
-                                                           size, epilogue)
+        LinearBlock<FloatProduct<Stored>, Input, Epilogue>(in_worker_memory<LinearMemory>(worker), x, stride, packed, m0,
+                                                           m1 - m0, n0, min_of(num_columns, n0 + width), size, epilogue)
             .run();
     });
 }

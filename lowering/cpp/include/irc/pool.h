@@ -9,10 +9,16 @@
 
 #include <atomic>
 #include <cstdint>
+#include <new>
+#include <type_traits>
+#include <utility>
 
 namespace irc {
 
 class Pool;
+
+// Bytes of `Worker::memory`: the largest block of a template (linear_rows.h).
+constexpr std::int64_t worker_bytes = 768 * 1024;
 
 // One thread's view of the pool. `index` runs from 0 (the caller of `run`) to `count` - 1.
 struct Worker {
@@ -20,6 +26,8 @@ struct Worker {
     int count = 1;
     std::uint32_t phase = 0;  // number of shared loops so far; equal on all workers between two barriers
     Pool* pool = nullptr;
+    // Where templates keep their blocks, `worker_bytes` on a 64-byte boundary, given by the step: stacks may be small.
+    std::uint8_t* memory = nullptr;
 
     // Returns when all workers have called it; what they wrote before is visible after.
     void barrier();
@@ -54,6 +62,17 @@ private:
     State* state_;
     int threads_;
 };
+
+// A template's block in the worker's memory, which is free again when the next one is made there. Without arguments its
+// numbers are whatever was there.
+template <class Block, class... Arguments>
+inline Block& in_worker_memory(const Worker& worker, Arguments&&... arguments) {
+    static_assert(sizeof(Block) <= worker_bytes && alignof(Block) <= 64 && std::is_trivially_destructible_v<Block>);
+    if constexpr (sizeof...(Arguments) == 0)
+        return *new (worker.memory) Block;
+    else
+        return *new (worker.memory) Block(std::forward<Arguments>(arguments)...);
+}
 
 // Calls body(chunk) once for each chunk in [0, chunks), each on one of the workers. Every worker has to call it,
 // in the same order. A worker takes its own contiguous share in ascending order (one stream of memory a thread)
