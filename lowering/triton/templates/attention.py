@@ -237,6 +237,8 @@ def launch(
         raise TargetError("attention over pages needs positions, sequence_ids and tables")
     if batch * queries * heads == 0:
         return
+    if bias_strides[3] == 0:
+        bias_keys = length
     tiles = queries if page_size is not None else -(-queries * group // config.block_rows)
     pairs = batch * kv_heads
     attend[(tiles * pairs, config.splits)](
