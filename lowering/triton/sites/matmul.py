@@ -40,6 +40,8 @@ def match(options: TritonOptions, definer: Definer, node: fx.Node) -> Site | Non
         problem = MatmulProblem(**shape, weight=definer.dtype(layer.weight))
     else:
         return None
+    if template.refuses(problem) is not None:
+        return None
     return Site("matmul", node, ((layer.x, "rows"),), problem, covers=covers, finish=layer.finish())
 
 
@@ -72,20 +74,19 @@ def emit(call: TemplateCall, writer: StepWriter) -> list[str]:
     weights = [writer.weight(str(part.target)) for part in stored]
     constant_name = writer.constant("matmul", f"products.{problem!r}")
     rows = writer.size(rows_of(memory.shape))
-    kinds: list[template.Kind] = ["tile", *(["vector"] if template.why_no_vector(problem) is None else [])]
-    if rows_of(memory.shape) == 1 and len(kinds) > 1:
-        kinds = ["vector"]
+    kinds = [kind for kind in template.KINDS if kind != "vector" or template.takes_vector(problem)]
+    if rows_of(memory.shape) == 1:
+        kinds = kinds[-1:]
     origins = tuple(map(str, call.origins))
     names = {kind: writer.kernel(f"{call.name}_{kind}", origins, _kernel(problem, epilogue, kind, writer.options))
              for kind in kinds}  # fmt: skip
     writer.imports.update(_IMPORTS)
     given = [*map(writer.argument, epilogue.arguments), writer.dense(memory), *weights, rows,
              *(size.name for size in epilogue.sizes)]  # fmt: skip
-    chosen = "{" + ", ".join(f"{kind!r}: {name}" for kind, name in names.items()) + "}"
+    kernels = "{" + ", ".join(f"{kind!r}: {name}" for kind, name in names.items()) + "}"
     return [
         f"config = products.choose({constant_name}, {rows}, device_of(memory.device).multiprocessors)",
-        f"{chosen}[config.kind][(config.blocks({rows}, {problem.columns}),)]({', '.join(given)},"
-        " num_warps=config.num_warps, num_stages=config.num_stages, **config.constants)",
+        f"products.launch({constant_name}, config, {kernels}, {rows}, ({', '.join(given)}))",
     ]
 
 
@@ -102,11 +103,8 @@ def _kernel(problem: MatmulProblem, epilogue: PrintedEpilogue, kind: template.Ki
     if problem.bits is not None:
         operands += ["scale", *(["zero"] if problem.asymmetric else [])]
     parameters = [*epilogue.parameters, *operands, "M", *(size.name for size in epilogue.sizes)]
-    parameters += [f"{name}: tl.constexpr" for name in template.PARAMETERS[kind]]
-    lines = template.printed_call(problem, kind)
-    if kind == "tile" and options.float32 != "tf32x3" and problem.activation == "f32":
-        lines[-1] = f"{lines[-1][:-1]}, PRECISION={options.float32!r})"
-    body = "".join(f"    {line}\n" for line in lines)
+    parameters += [f"{name}: tl.constexpr" for name in template.constants(kind)]
+    body = "".join(f"    {line}\n" for line in template.printed(problem, kind, options.float32))
     return f"@triton.jit\ndef NAME({', '.join(parameters)}):\n{body}{epilogue.body}"
 
 
