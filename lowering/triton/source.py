@@ -47,6 +47,14 @@ class _Kernels:
     names: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
+
+    def constant(self, wanted: str, text: str) -> str:
+        """The name of a constant."""
+        if text not in self.names:
+            self.names[text] = identifier(f"{wanted}_{len(self.constants)}".upper(), self.taken)
+            self.constants.append(f"{self.names[text]} = {text}\n")
+        return self.names[text]
 
     def name_of(self, wanted: str, key: str, text: str) -> str:
         """The kernel's name; `NAME` in the text stands for it."""
@@ -60,8 +68,9 @@ def print_program(program: Program, schedule: Schedule, plan: Plan, options: Tri
     """The source of a scheduled program."""
     kernels, tensors = _Kernels(), _Tensors(program, schedule, plan)
     writer = StepWriter(
-        program, options, tensors.of, tensors.weight, lambda wanted, text: kernels.name_of(wanted, text, text)
-    )
+        program, options, tensors.of, tensors.weight, lambda wanted, text: kernels.name_of(wanted, text, text),
+        kernels.constant,
+    )  # fmt: skip
     lines: list[str] = []
     for step in schedule.steps:
         if isinstance(step, Kernel):
@@ -73,7 +82,8 @@ def print_program(program: Program, schedule: Schedule, plan: Plan, options: Tri
             lines += print_template(step, writer)
     lines += _copies(program, schedule, tensors)
     dims = list(program.dims)
-    text = _head(program, sorted(writer.imports)) + "".join(f"\n\n{kernel}" for kernel in kernels.texts)
+    text = _head(program, sorted(writer.imports)) + "".join(kernels.constants)
+    text += "".join(f"\n\n{kernel}" for kernel in kernels.texts)
     text += f"\n\n{_arena(plan, dims)}\n\n{_step(tensors.lines, lines, dims)}"
     return SourceText(text, len(kernels.texts), tensors.weights)
 
@@ -110,7 +120,8 @@ class _Tensors:
         self._inputs = {name: i for i, name in enumerate(n.name for n in program.placeholders)}
         self._schedule, self._plan = schedule, plan
         self._names: dict[Buffer, str] = {}
-        self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library",
+        self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library", "attention",
+                       "matmul", "matvec", "products", "device_of", "config", "scratch",
                        *program.dims}  # fmt: skip
         self.lines: list[str] = []
         self.weights: list[str] = []

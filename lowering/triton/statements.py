@@ -58,6 +58,8 @@ class Body(Scope):
     ) -> None:  # fmt: skip
         super().__init__(pointers, names, out, parent)
         self.shape, self.rows = shape, rows
+        self.masks: dict[str, str]
+        self.zeros: dict[str, str]
         self.lanes: sympy.Symbol | None = parent.lanes if parent else None
         self.width: int | None = parent.width if parent else None
         self.masks = dict(masks if masks is not None else parent.masks if parent else {})
