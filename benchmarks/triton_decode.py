@@ -66,7 +66,9 @@ class Theirs:
         self.model: nn.Module = random_llama(shape, torch.bfloat16).to(device)
         self.cache = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
         self.device = device
-        self.call = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True) if compiled else self.model
+        self.call = (
+            torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True) if compiled else self.model
+        )
         self.plain = self.model
 
     def step(self, tokens: Tensor, start: int) -> Tensor:
