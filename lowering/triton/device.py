@@ -14,11 +14,11 @@ class Device:
 
     Attributes:
         multiprocessors: that run programs at the same time.
-        shared_bytes: shared memory of each of them that a program can have.
+        capability: generation of its code, e.g. 80 or 90.
     """
 
     multiprocessors: int = 132
-    shared_bytes: int = 227 << 10
+    capability: int = 90
 
 
 @functools.cache
@@ -27,5 +27,4 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device()
     found = torch.cuda.get_device_properties(device)
-    shared = getattr(found, "shared_memory_per_block_optin", Device.shared_bytes)
-    return Device(found.multi_processor_count, shared)
+    return Device(found.multi_processor_count, 10 * found.major + found.minor)

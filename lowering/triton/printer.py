@@ -23,6 +23,7 @@ from irc.lowering.kernels.printing import Lines
 from irc.lowering.kernels.sites import Memory
 from irc.lowering.kernels.values import Apply, walk
 from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
+from irc.lowering.triton.lanes import joined
 from irc.lowering.triton.statements import DYNAMIC_LANES, LANES, MOST_LANES, ROWS, Body, Shape, next_power
 
 BLOCK = 1024
@@ -141,6 +142,8 @@ class _Printer:
         kernel, out = self.kernel, Lines(1)
         total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
+        if lanes:
+            self.body = joined(self.body, MOST_LANES)
         rows, width = (1, _width(self.body)) if lanes else (BLOCK, 0)
         if lanes:
             rows = max(1, min(next_power(_ELEMENTS // width), 16)) if width * 4 <= _ELEMENTS and self.outer else 1

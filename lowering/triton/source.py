@@ -120,8 +120,8 @@ class _Tensors:
         self._inputs = {name: i for i, name in enumerate(n.name for n in program.placeholders)}
         self._schedule, self._plan = schedule, plan
         self._names: dict[Buffer, str] = {}
-        self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library", "attention",
-                       "matmul", "matvec", "products", "device_of", "config", "scratch",
+        self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library",
+                       "attention", "matmul", "matvec", "products", "device_of", "config", "scratch",
                        *program.dims}  # fmt: skip
         self.lines: list[str] = []
         self.weights: list[str] = []

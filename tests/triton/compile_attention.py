@@ -52,13 +52,17 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], ca
     """What the code of a kernel consists of, specialised as a launch with these arguments specialises it."""
     constant = {p.name for p in kernel.params if p.is_constexpr}
     kinds: dict[str, Any] = {}
-    constants, attributes = {}, {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
 
     def kind(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
             return tuple(kind(x, (*path, i)) for i, x in enumerate(value))
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
+        elif value == 1:
+            constants[path] = value
+            return "constexpr"
         return TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
 
     for place, name in enumerate(kernel.arg_names):
@@ -117,7 +121,7 @@ def launches(
 def main() -> None:
     half = AttentionProblem(width=128, value_width=128, query="bf16", cache="bf16", mask="causal", scale=0.1)
     narrow = replace(half, width=64, value_width=64)
-    prompt, token, pages = (1, 32, 4, 2048, 2048), (8, 32, 4, 1, 4096), (8, 32, 4, 8, 4096)
+    prompt, token, pages = (1, 32, 4, 2048, 2048), (1, 8, 1, 1, 4096), (8, 32, 4, 8, 4096)
     cases: list[tuple[str, int, AttentionProblem, tuple[int, int, int, int, int], int | None]] = [
         ("prefill 64", 80, narrow, prompt, None),
         ("prefill 128", 90, half, prompt, None),

@@ -65,7 +65,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, config: Config | None = No
         problem, config, out, query, key, value, batch=batch, heads=heads, kv_heads=kv_heads, queries=queries,
         length=length, out_strides=out.stride()[:3], query_strides=query.stride()[:3], key_strides=key.stride()[:3],
         value_strides=value.stride()[:3], positions=options.get("positions"), sinks=options.get("sinks"), bias=bias,
-        bias_strides=broadcast_strides(bias), bias_keys=0 if bias is None else length,
+        bias_strides=broadcast_strides(bias), bias_keys=0 if bias is None else bias.shape[-1],
         scratch=scratch if config.splits > 1 else None,
     )  # fmt: skip
     return out
@@ -163,6 +163,7 @@ def test_additive_bias(config: Config) -> None:
     check(config, q, k, v, bias=bias, softcap=3.0)
     check(config, q, k, v, bias=bias[:, :1, :, :], mask="causal", sinks=torch.randn(4))
     check(config, q, k, v, bias=bias[:, :, :1, :].half())
+    check(config, q, k, v, bias=bias[:, :, :, :1])
 
 
 @pytest.mark.parametrize("config", [ONE, SPLIT], ids=["one", "split"])

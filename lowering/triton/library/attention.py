@@ -1,7 +1,7 @@
 """Attention kernels: `attend`, for many and few queries, contiguous and paged, and `combine` for keys in several parts.
 
 A program of `attend` has a tile of query rows of one key-value head (see `online_softmax`) and one part of the keys
-that the tile sees. With SPLITS > 1 (Flash-Decoding) it leaves its maximum, sum and weighted values in scratch, and
+that the tile sees. With SPLIT (Flash-Decoding) it leaves its maximum, sum and weighted values in scratch, and
 `combine` merges the parts of a row, where sinks come in, too. What a part gets is decided in the kernel, by positions,
 so a long cache that is hardly filled still gives every program the same share.
 
@@ -9,7 +9,7 @@ Flat tokens over pages: tokens are grouped into tiles of BM // GROUP, and each r
 tile is worked on by the program of its first token; the programs of the others stop at once. So the launch depends on
 sizes only, never on what the sequences are.
 
-Scratch, in f32: weighted values [tokens, heads, SPLITS, VALUE_WIDTH], then (maximum, sum) [tokens, heads, SPLITS, 2].
+Scratch, in f32: weighted values [tokens, heads, splits, VALUE_WIDTH], then (maximum, sum) [tokens, heads, splits, 2].
 Sources: Dao 2023, https://arxiv.org/abs/2307.08691; Dao et al. 2023, Flash-Decoding; Kwon et al. 2023 (PagedAttention),
 https://arxiv.org/abs/2309.06180.
 """
@@ -52,14 +52,14 @@ def attend(
     batch, kv_heads, queries, length, bias_keys, section,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     VALUE_PADDED: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(cap(query · keyᵀ · scale) + bias, masked) · value, or parts of it in scratch.
 
     Strides are (batch, head, row) in elements, for pages (block, head, row), of the bias (batch, head, query, key).
     positions [batch, queries], sinks [heads] or None; without pages tables, sequence_ids and PAGE are None.
-    Grid: (tiles · batch · kv_heads, SPLITS), tiles = ⌈queries · GROUP / BM⌉, for pages queries.
+    Grid: (tiles · batch · kv_heads, splits), tiles = ⌈queries · GROUP / BM⌉, for pages queries.
     """
     row = tl.arange(0, BM)
     pages = None
@@ -105,8 +105,9 @@ def attend(
     start = start // BN * BN
     stop = end
     split = tl.program_id(1)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BN), SPLITS) * BN
+    splits = tl.num_programs(1)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), BN), splits) * BN
         start += split * share
         stop = tl.minimum(start + share, end)
     # [start, free) and [free_end, stop) are compared key by key, [free, free_end) holds whole blocks that all rows see.
@@ -115,7 +116,7 @@ def attend(
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    if sinks is not None and SPLITS == 1:
+    if sinks is not None and not SPLIT:
         top = tl.load(sinks + h).to(tl.float32)
         total = tl.where(top == float("-inf"), 0.0, 1.0)
         if UNIT is not None:
@@ -140,24 +141,23 @@ def attend(
 
     e = tl.arange(0, VALUE_PADDED)
     stored = inside[:, None] & (e < VALUE_WIDTH)[None, :]
-    if SPLITS == 1:
+    if not SPLIT:
         mixed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         at = b * out_strides[0] + h * out_strides[1] + wide_s * out_strides[2]
         tl.store(out + at[:, None] + e[None, :], mixed.to(out.dtype.element_ty), mask=stored)
     else:
         heads = kv_heads * GROUP
-        slot = ((b * queries + wide_s) * heads + h) * SPLITS + split
+        slot = ((b * queries + wide_s) * heads + h) * splits + split
         tl.store(scratch + slot[:, None] * VALUE_WIDTH + e[None, :], acc, mask=stored)
-        states = scratch + tl.cast(batch * queries, tl.int64) * heads * (SPLITS * VALUE_WIDTH)
+        states = scratch + tl.cast(batch * queries, tl.int64) * heads * splits * VALUE_WIDTH
         tl.store(states + slot * 2, top, mask=inside)
         tl.store(states + slot * 2 + 1, total, mask=inside)
 
 
 @triton.jit
 def combine(
-    out, scratch, sinks, out_strides, batch, heads, queries,
-    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, NATURAL: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    out, scratch, sinks, out_strides, batch, heads, queries, splits,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, NATURAL: tl.constexpr, SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """out from the parts of each row that `attend` left in scratch; NATURAL: maxima are natural logarithms.
 
@@ -169,10 +169,10 @@ def combine(
     b = row // heads // queries
     n = tl.arange(0, SPLITS_PADDED)
     e = tl.arange(0, VALUE_PADDED)
-    states = scratch + tl.cast(batch * queries, tl.int64) * heads * (SPLITS * VALUE_WIDTH) + row * (SPLITS * 2)
+    states = scratch + tl.cast(batch * queries, tl.int64) * heads * splits * VALUE_WIDTH + row * splits * 2
     unit: tl.constexpr = LOG2E if NATURAL else 1.0
-    tops = tl.load(states + n * 2, mask=n < SPLITS, other=float("-inf"))
-    totals = tl.load(states + n * 2 + 1, mask=n < SPLITS, other=0.0)
+    tops = tl.load(states + n * 2, mask=n < splits, other=float("-inf"))
+    totals = tl.load(states + n * 2 + 1, mask=n < splits, other=0.0)
     top = tl.max(tops, 0)
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32)
@@ -186,7 +186,7 @@ def combine(
         total += tl.exp2((sink - shift) * unit)
     # Parts without a key hold nothing, and are not read.
     known = (tops > float("-inf"))[:, None] & (e < VALUE_WIDTH)[None, :]
-    parts = tl.load(scratch + (row * SPLITS + n)[:, None] * VALUE_WIDTH + e[None, :], mask=known, other=0.0)
+    parts = tl.load(scratch + (row * splits + n)[:, None] * VALUE_WIDTH + e[None, :], mask=known, other=0.0)
     mixed = tl.sum(parts * decay[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     at = out + b * out_strides[0] + h * out_strides[1] + s * out_strides[2]
     tl.store(at + e, mixed.to(out.dtype.element_ty), mask=e < VALUE_WIDTH)

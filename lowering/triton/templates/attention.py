@@ -237,6 +237,8 @@ def launch(
         raise TargetError("attention over pages needs positions, sequence_ids and tables")
     if batch * queries * heads == 0:
         return
+    if bias_strides[3] == 0:
+        bias_keys = length
     tiles = queries if page_size is not None else -(-queries * group // config.block_rows)
     pairs = batch * kv_heads
     attend[(tiles * pairs, config.splits)](
@@ -246,8 +248,9 @@ def launch(
         **attend_constants(problem, config, group, page_size), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if config.splits > 1:
+        sizes = batch, heads, queries, config.splits
         combine[(batch * queries * heads,)](
-            out, scratch, sinks, tuple(out_strides), batch, heads, queries, **combine_constants(problem, config)
+            out, scratch, sinks, tuple(out_strides), *sizes, **combine_constants(problem, config)
         )
 
 
@@ -259,7 +262,7 @@ def attend_constants(problem: AttentionProblem, config: Config, group: int, page
         "VALUE_PADDED": _padded(problem.value_width), "MASK": problem.mask, "WINDOW": problem.window,
         "SCALE": problem.scale, "SOFTCAP": problem.softcap,
         "UNIT": None if natural else (problem.scale if problem.softcap is None else problem.softcap) / math.log(2),
-        "PAGE": page_size, "SPLITS": config.splits, "BM": config.block_rows, "BN": config.block_keys,
+        "PAGE": page_size, "SPLIT": config.splits > 1, "BM": config.block_rows, "BN": config.block_keys,
         "PRECISION": problem.precision,
     }  # fmt: skip
 
@@ -268,8 +271,7 @@ def combine_constants(problem: AttentionProblem, config: Config) -> dict[str, ob
     """What the kernel `combine` is compiled for."""
     return {
         "VALUE_WIDTH": problem.value_width, "VALUE_PADDED": _padded(problem.value_width),
-        "NATURAL": problem.bias not in (None, "bool"), "SPLITS": config.splits,
-        "SPLITS_PADDED": _power_of_two(config.splits),
+        "NATURAL": problem.bias not in (None, "bool"), "SPLITS_PADDED": _power_of_two(config.splits),
     }  # fmt: skip
 
 
