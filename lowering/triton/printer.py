@@ -133,7 +133,7 @@ class _Printer:
 
     def printed(self) -> PrintedKernel:
         kernel, out = self.kernel, Lines(1)
-        total = sympy.prod([axis.extent for axis in self.outer])
+        total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
         if lanes:
             self.body = joined(self.body, MOST_LANES)

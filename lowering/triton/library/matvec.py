@@ -117,6 +117,7 @@ def integer_vector(
     FIELDS: tl.constexpr = fields_of(K, BITS)
     UNITS: tl.constexpr = BK // min(128 // BITS, BK if GROUP == K else GROUP)
     DTYPE: tl.constexpr = x.dtype.element_ty
+    tl.static_assert(GROUP == K or (GROUP & (GROUP - 1) == 0 and GROUP >= FIELDS), "groups do not consist of words")
     rows = rows_of(n, N)
     row_zeros = None
     if GROUP == K:
