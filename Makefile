@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz sanitize kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz fuzz-triton sanitize kernels-sanitized kernels-emulated
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,6 +45,9 @@ bench:  ## all benchmarks, short
 
 fuzz:  ## random clusters on target cpu against the reference, 100 of them
 	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/lowering/test_clusters.py
+
+fuzz-triton:  ## random clusters on target triton against the reference, 100 of them (in its interpreter: 10 minutes)
+	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/triton/test_clusters.py
 
 sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers, steps under the thread sanitizer
 	IRC_STEP_THREADS=1 $(PYTHON) -m pytest tests/lowering/test_step_threads.py

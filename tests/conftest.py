@@ -1,12 +1,14 @@
-"""What the whole suite shares: its part of the processors, and the command line.
+"""What the whole suite shares: its part of the processors, where Triton runs, and the command line.
 
-Where several processes run the tests (`pytest -n`), each takes its share of the processors.
+Where several processes run the tests (`pytest -n`), each takes its share of the processors. Without a GPU, kernels in
+Triton run in its interpreter.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,9 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if _WORKERS > 1:  # before anything imports PyTorch; programs that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _WORKERS, 1)))
+
+if not Path("/dev/nvidia0").exists():  # before anything imports Triton, which decides then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

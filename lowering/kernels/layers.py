@@ -1,4 +1,4 @@
-"""Linear layers and quantized operands, as graphs have them."""
+"""Linear layers, quantized operands and caches, as graphs have them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 import torch.fx as fx
 
 from irc.core import formats
 from irc.core.formats import QuantFormat
+from irc.core.operands import input_node
 from irc.core.ops.registry import is_irc_op
+from irc.core.program import VAL
 from irc.core.target import op_name
 from irc.lowering.kernels.definitions import At, Definer, convert, settle
 from irc.lowering.kernels.ops.pointwise import activation
 from irc.lowering.kernels.sites import Finish
 from irc.lowering.kernels.values import Apply, Value
 
+_ROWS_IN_BITS = {"int8.row": torch.int8, "int4.row": torch.uint8}
 _LINEAR = ("aten.linear", "irc.linear_activation")
 
 
@@ -99,3 +103,29 @@ def quantized_by_token(node: fx.Node) -> fx.Node | None:
 
 def _given(node: fx.Node, position: int) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get("zero_point")
+
+
+def as_stored(operand: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """A cache, and the scales of its rows, that the graph widens in front of attention, which the kernel does itself.
+
+    It reads 16-bit floats, and integers of 8 and 4 bits with a scale for each token and head.
+    """
+    name, value = op_name(operand), operand.meta.get(VAL)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return operand, None
+    if name == "aten._to_copy":
+        source = input_node(operand)
+        return (source, None) if _dtype(source) in (torch.bfloat16, torch.float16) else (operand, None)
+    bits = _ROWS_IN_BITS.get(str(operand.kwargs.get("format"))) if name == "irc.dequantize" else None
+    if bits is not None:
+        source, scale, further = input_node(operand), input_node(operand, 1), list(operand.args[2:])
+        shapes = [x.meta[VAL].shape for x in (source, scale)]
+        a_row = tuple(shapes[1]) == (*shapes[0][:-1], 1)
+        if a_row and further in ([], [None]) and (_dtype(source), _dtype(scale)) == (bits, torch.float32):
+            return source, scale
+    return operand, None
+
+
+def _dtype(node: object) -> torch.dtype | None:
+    value = node.meta.get(VAL) if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, torch.Tensor) else None

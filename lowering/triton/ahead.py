@@ -6,6 +6,7 @@ of all arguments are those of a real call.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
+_LIBRARY = "irc.lowering.triton.library"
+_WITH_KERNELS = ("attention",)  # modules of the library that templates launch kernels of
 
 
 @dataclass(frozen=True)
@@ -81,29 +84,40 @@ class Launch:
 
     @property
     def key(self) -> str:
-        kinds = {n: str(v.dtype) if isinstance(v, Tensor) else v if n in self._constants() else "int"
-                 for n, v in self.arguments.items()}  # fmt: skip
-        return f"{self.name}{kinds}{self.options}"
+        kinds, constants, _ = self._specialised()
+        return f"{self.name}{kinds}{constants}{self.options}"
 
-    def _constants(self) -> set[str]:
-        constants = {p.name for p in self.function.params if p.is_constexpr}
-        return constants | {n for n, v in self.arguments.items() if v is None or (isinstance(v, int) and v == 1)}
+    def _specialised(self) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+        """(type of each argument, values of those that are constant, attributes), as a call would have them."""
+        constant = {p.name for p in self.function.params if p.is_constexpr}
+        kinds: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def kind(value: Any, path: tuple[int, ...]) -> Any:
+            if isinstance(value, tuple):
+                return tuple(kind(x, (*path, i)) for i, x in enumerate(value))
+            if value is None or (isinstance(value, int) and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[path] = [["tt.divisibility", 16]]
+            return f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else _number_type(value)
+
+        for place, (name, value) in enumerate(self.arguments.items()):
+            if name in constant:
+                kinds[name], constants[(place,)] = "constexpr", value
+            else:
+                kinds[name] = kind(value, (place,))
+        return kinds, constants, attributes
 
     def compile(self, target: Any) -> CompiledKernel:
         """The kernel for a GPU, specialised as a call with these arguments would have it."""
         import triton
         from triton.compiler import ASTSource
 
-        constants = self._constants()
-        kinds, attributes, constexprs = {}, {}, {}
-        for place, (name, value) in enumerate(self.arguments.items()):
-            if name in constants:
-                kinds[name], constexprs[(place,)] = "constexpr", value
-                continue
-            kinds[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else _number_type(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.function, kinds, constexprs=constexprs, attrs=attributes)
+        kinds, constants, attributes = self._specialised()
+        source = ASTSource(self.function, kinds, constexprs=constants, attrs=attributes)
         made = triton.compile(source, target=target, options=self.options)
         return CompiledKernel(self.name, made.asm["ptx"], made.metadata.shared, made.metadata.num_warps)
 
@@ -111,9 +125,11 @@ class Launch:
 def record(module: ModuleType, signature: Signature, weights: dict[str, Tensor], sizes: Sequence[int]) -> list[Launch]:
     """The launches of a step of these sizes, none of which happens."""
     launches: list[Launch] = []
-    kernels = {name: value for name, value in vars(module).items() if hasattr(value, "arg_names")}
-    for name, function in kernels.items():
-        setattr(module, name, _Recorder(name, function, launches))
+    places = [module, *(importlib.import_module(f"{_LIBRARY}.{name}") for name in _WITH_KERNELS)]
+    kernels = [(place, name, value) for place in places for name, value in vars(place).items()
+               if hasattr(value, "arg_names")]  # fmt: skip
+    for place, name, function in kernels:
+        setattr(place, name, _Recorder(name, function, launches))
     try:
         inputs = [torch.empty(shape, dtype=kind, device="meta")
                   for shape, (_, kind) in zip(signature.shapes(sizes), signature.inputs, strict=True)]  # fmt: skip
@@ -126,8 +142,8 @@ def record(module: ModuleType, signature: Signature, weights: dict[str, Tensor],
         flat = {name: weight.to("meta").reshape(-1) for name, weight in weights.items()}
         module.step(inputs, outputs, flat, memory, slots, *sizes)
     finally:
-        for name, function in kernels.items():
-            setattr(module, name, function)
+        for place, name, function in kernels:
+            setattr(place, name, function)
     return launches
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from irc.lowering.triton.options import TritonOptions
 
 MANIFEST, WEIGHTS, SOURCE, GRAPH = "manifest.json", "weights.safetensors", "program.py", "graph.irc"
 FORMAT = 1
+_LEAST_TABLE = 8
 MOST_GRAPHS = 32
 """Shapes of steps that are kept as CUDA graphs."""
 
@@ -124,7 +126,7 @@ class TritonArtifact(Artifact):
 
     def paged_step(self, pages: list[Tensor], inputs: StepInputs) -> Tensor:
         self._cache("paged")
-        return self._step(inputs.flat(), pages)
+        return self._step(_with_wide_tables(inputs).flat(), pages)
 
     def _step(self, inputs: Sequence[Tensor], caches: list[Tensor]) -> Tensor:
         """One step that writes into the caches themselves; steps of a shape that comes again are replayed as graphs."""
@@ -190,6 +192,13 @@ class TritonArtifact(Artifact):
             raise StorageError(f"{folder / WEIGHTS} lacks {', '.join(missing)}")
         chosen = read_options(TritonOptions, options, what="target triton")
         return cls(manifest, source, weights, chosen, folder=folder, notes=manifest.get("notes", ()))
+
+
+def _with_wide_tables(inputs: StepInputs) -> StepInputs:
+    """Tables as wide as the next power of two, so that growing sequences seldom make a step of another shape."""
+    missing = max(_LEAST_TABLE, 1 << (inputs.block_tables.shape[1] - 1).bit_length()) - inputs.block_tables.shape[1]
+    # What lies behind a sequence's last block is any valid block.
+    return replace(inputs, block_tables=torch.nn.functional.pad(inputs.block_tables, (0, missing)))
 
 
 class _Loaded:

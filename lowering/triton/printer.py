@@ -23,10 +23,13 @@ from irc.lowering.kernels.printing import Lines
 from irc.lowering.kernels.sites import Memory
 from irc.lowering.kernels.values import Apply, walk
 from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
-from irc.lowering.triton.statements import DYNAMIC_LANES, MOST_LANES, ROWS, Body, Shape, next_power
+from irc.lowering.triton.lanes import joined
+from irc.lowering.triton.statements import DYNAMIC_LANES, LANES, MOST_LANES, ROWS, Body, Shape, next_power
 
 BLOCK = 1024
 """Elements that a program of an elementwise kernel computes: with 4 warps, 8 a thread."""
+_LEAST_COLUMNS = 256
+"""Columns of a result below which a tile may be wider than it."""
 _ELEMENTS = 2048
 """Elements of rows times lanes that a program has at most where rows are short."""
 
@@ -55,17 +58,10 @@ class PrintedKernel:
     grid: str
     warps: int
 
-    @property
-    def key(self) -> str:
-        """Equal for functions that do the same."""
-        kinds = ",".join((a if isinstance(a, Buffer) else a.buffer).dtype for a in self.arguments)
-        return f"{self.parameters}{kinds}{self.sizes}{self.grid}{self.warps}{self.body}"
-
     def text(self, name: str) -> str:
-        """The whole function under a name."""
-        comment = "".join(f"# {line}\n" for line in self.comment)
+        """The whole function under a name, without the comment."""
         parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes)))
-        return f"{comment}@triton.jit\ndef {name}({parameters}):\n{self.body}"
+        return f"@triton.jit\ndef {name}({parameters}):\n{self.body}"
 
     def call(self, name: str, arguments: Sequence[str]) -> str:
         """The launch, as a line of the step."""
@@ -76,6 +72,52 @@ class PrintedKernel:
 def print_kernel(kernel: Kernel) -> PrintedKernel:
     """Print a kernel."""
     return _Printer(kernel).printed()
+
+
+@dataclass(frozen=True)
+class PrintedEpilogue:
+    """What a template does with its tile `acc` at rows `m` [BM, 1] and columns `n` [1, BN], below `M` and `N`.
+
+    Attributes:
+        body: its lines.
+        parameters, arguments, sizes: what it uses, as of `PrintedKernel`.
+    """
+
+    body: str
+    parameters: tuple[str, ...]
+    arguments: tuple[Buffer | Memory, ...]
+    sizes: tuple[sympy.Symbol, ...]
+
+
+def print_epilogue(kernel: Kernel, columns: int) -> PrintedEpilogue:
+    """Print the kernel of a template's epilogue; `columns`: of the result."""
+    printer = _Printer(kernel)
+    outer, body = list(kernel.outer), kernel.body
+    inner: list[Axis] = []
+    while len(body) == 1 and isinstance(body[0], Loop):
+        inner.append(body[0].axis)
+        body = body[0].body
+    assert len(inner) <= 1, "an epilogue has its columns along one axis"
+    out, names = Lines(1), printer.names
+    if len(outer) == 1:
+        names[outer[0].symbol] = "m"
+    elif outer:
+        names |= {axis.symbol: f"i{n}" for n, axis in enumerate(outer)}
+        printer.outer = outer
+        printer.decompose(out, "m")
+    out.add("rows_exist = m < M")
+    masks = {ROWS: "rows_exist"}
+    if columns & (columns - 1) or columns < _LEAST_COLUMNS:
+        out.add(f"columns_exist = n < {columns}")
+        masks[LANES] = "columns_exist"
+    made = Body(printer.pointers, names, out, Shape((1, 1), False), frozenset(a.symbol for a in outer), masks,
+                {ROWS: "0 * m", LANES: "0 * n"})  # fmt: skip
+    if inner:
+        made.lanes = inner[0].symbol
+        names[made.lanes] = made.names[made.lanes] = "n"
+    made.statements(body)
+    sizes = tuple(s for s in kernel.sizes if s not in names)
+    return PrintedEpilogue(out.text(), tuple(printer.pointers.values()), tuple(printer.pointers), sizes)
 
 
 class _Printer:
@@ -91,8 +133,10 @@ class _Printer:
 
     def printed(self) -> PrintedKernel:
         kernel, out = self.kernel, Lines(1)
-        total = sympy.prod([axis.extent for axis in self.outer])
+        total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
+        if lanes:
+            self.body = joined(self.body, MOST_LANES)
         rows, width = (1, _width(self.body)) if lanes else (BLOCK, 0)
         if lanes:
             rows = max(1, min(next_power(_ELEMENTS // width), 16)) if width * 4 <= _ELEMENTS and self.outer else 1
@@ -106,7 +150,7 @@ class _Printer:
         if rows > 1 and not (total.is_Integer and total % rows == 0):
             out.add(f"exists = i < {text}")
             masks[ROWS] = "exists"
-        self._decompose(out)
+        self.decompose(out)
         symbols = frozenset(axis.symbol for axis in self.outer)
         Body(self.pointers, self.names, out, shape, symbols, masks, {ROWS: "0 * i"}).statements(self.body)
         warps = _warps(rows * max(width, 1))
@@ -117,9 +161,8 @@ class _Printer:
             tuple(s for s in kernel.sizes if s not in self.names), grid, warps,
         )  # fmt: skip
 
-    def _decompose(self, out: Lines) -> None:
+    def decompose(self, out: Lines, rest: str = "i") -> None:
         """Indices of the outer axes from their common position."""
-        rest = "i"
         if len(self.outer) <= 1:
             return
         for number in range(len(self.outer) - 1, 0, -1):

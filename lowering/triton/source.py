@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from irc.core.program import Program
@@ -47,33 +48,42 @@ class _Kernels:
     names: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
 
-    def name_of(self, wanted: str, key: str, text: str) -> str:
+    def constant(self, wanted: str, text: str) -> str:
+        """The name of a constant."""
+        if text not in self.names:
+            self.names[text] = identifier(f"{wanted}_{len(self.constants)}".upper(), self.taken)
+            self.constants.append(f"{self.names[text]} = {text}\n")
+        return self.names[text]
+
+    def name_of(self, wanted: str, comment: Sequence[str], text: str) -> str:
         """The kernel's name; `NAME` in the text stands for it."""
-        if key not in self.names:
-            name = self.names[key] = identifier(f"k{len(self.texts)}_{wanted}", self.taken)
-            self.texts.append(text.replace("NAME", name, 1))
-        return self.names[key]
+        if text not in self.names:
+            name = self.names[text] = identifier(f"k{len(self.texts)}_{wanted}", self.taken)
+            self.texts.append("".join(f"# {line}\n" for line in comment) + text.replace("NAME", name, 1))
+        return self.names[text]
 
 
 def print_program(program: Program, schedule: Schedule, plan: Plan, options: TritonOptions) -> SourceText:
     """The source of a scheduled program."""
     kernels, tensors = _Kernels(), _Tensors(program, schedule, plan)
     writer = StepWriter(
-        program, options, tensors.of, tensors.weight, lambda wanted, text: kernels.name_of(wanted, text, text)
-    )
+        program, options, tensors.of, tensors.weight, kernels.name_of, kernels.constant
+    )  # fmt: skip
     lines: list[str] = []
     for step in schedule.steps:
         if isinstance(step, Kernel):
             printed = print_kernel(step)
-            name = kernels.name_of(printed.name, printed.key, printed.text("NAME"))
+            name = kernels.name_of(printed.name, printed.comment, printed.text("NAME"))
             lines.append(printed.call(name, [tensors.argument(a) for a in printed.arguments]))
         else:
             lines += [f"# {origin}" for origin in step.origins[-1:]]
             lines += print_template(step, writer)
     lines += _copies(program, schedule, tensors)
     dims = list(program.dims)
-    text = _head(program, sorted(writer.imports)) + "".join(f"\n\n{kernel}" for kernel in kernels.texts)
+    text = _head(program, sorted(writer.imports)) + "".join(kernels.constants)
+    text += "".join(f"\n\n{kernel}" for kernel in kernels.texts)
     text += f"\n\n{_arena(plan, dims)}\n\n{_step(tensors.lines, lines, dims)}"
     return SourceText(text, len(kernels.texts), tensors.weights)
 
@@ -111,6 +121,7 @@ class _Tensors:
         self._schedule, self._plan = schedule, plan
         self._names: dict[Buffer, str] = {}
         self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library",
+                       "attention", "matmul", "matvec", "products", "device_of", "config", "scratch",
                        *program.dims}  # fmt: skip
         self.lines: list[str] = []
         self.weights: list[str] = []

@@ -15,7 +15,7 @@ from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Combine, Loop, Start, Statement, Store
 from irc.lowering.kernels.printing import Lines, Scope, before_rounding, read_again
 from irc.lowering.kernels.values import REGISTER, Apply, Index, Literal, Load, Local, Value, loads, walk
-from irc.lowering.triton.expressions import REGISTER_TYPES, apply_text, index_text, literal_text, size_text, typed
+from irc.lowering.triton.expressions import REGISTER_TYPES, apply_text, index_text, operand_text, size_text, typed
 
 ROWS, LANES, STOP = "rows", "lanes", "stop"
 _FLOATS = ("f32", "f64")
@@ -47,6 +47,7 @@ class Body(Scope):
 
     Attributes:
         masks: what limits memory accesses to rows and to lanes that exist.
+        whole: all lanes of the loop are here at the same time.
         guard: further condition, of loads only, with what it depends on.
         zeros: text of zeros that give an offset the shape of rows, or of lanes.
     """
@@ -58,10 +59,14 @@ class Body(Scope):
     ) -> None:  # fmt: skip
         super().__init__(pointers, names, out, parent)
         self.shape, self.rows = shape, rows
+        self.masks: dict[str, str]
+        self.zeros: dict[str, str]
         self.lanes: sympy.Symbol | None = parent.lanes if parent else None
         self.width: int | None = parent.width if parent else None
         self.masks = dict(masks if masks is not None else parent.masks if parent else {})
         self.zeros = dict(zeros if zeros is not None else parent.zeros if parent else {})
+        self.whole = False
+        self.finished: set[str] = parent.finished if parent else set()
         self.guard: tuple[str, frozenset[str]] | None = parent.guard if parent else None
 
     def inside(self) -> Body:
@@ -73,7 +78,7 @@ class Body(Scope):
         written: set[Buffer] = set()
         started: list[Start] = []
         for number, statement in enumerate(body):
-            if written & _read(statement):
+            if written & self._from_memory(statement):
                 self.out.add("tl.debug_barrier()")  # threads read what others of the same program wrote
                 written.clear()
             if isinstance(statement, Start):
@@ -89,10 +94,19 @@ class Body(Scope):
                 started.clear()
             written |= _written(statement)
 
-    def _finish(self, started: Sequence[Start]) -> None:
+    def _from_memory(self, statement: Statement) -> set[Buffer]:
+        """Buffers that a statement reads elements of that have no name."""
+        if isinstance(statement, Loop):
+            return _read(statement)
+        known = self.everything_known()
+        return {load.buffer for load in _loads(statement) if load not in known}
+
+    def _finish(self, started: Sequence[Start | Combine]) -> None:
         """A maximum of floats with a NaN among them is NaN."""
         for start in started:
-            if start.op in ("max", "min") and start.dtype in _FLOATS:
+            kind = start.dtype if isinstance(start, Start) else start.value.dtype
+            if start.op in ("max", "min") and kind in _FLOATS and start.name not in self.finished:
+                self.finished.add(start.name)
                 self.out.add(f'{start.name} = tl.where({start.name}_nan != 0, float("nan"), {start.name})')
 
     def _start(self, start: Start) -> None:
@@ -123,6 +137,8 @@ class Body(Scope):
             self.out.add(f"{name} = tl.{op}imum({name}, {value})")
         else:
             self.out.add(f"{name} = {name} {'|' if op == 'any' else '&'} {value}")
+        if self.whole:
+            self._finish([combine])
 
     def _settled(self, value: Value, otherwise: str) -> str:
         """A value with the shape of the loop, where lanes and positions that do not exist are neutral."""
@@ -185,11 +201,10 @@ class Body(Scope):
         again = read_again(store, following)
         value = store.value if again else before_rounding(store.value, f"round.{store.buffer.dtype}")
         text = self.named(value) if again else self.expression(value)
-        if store.buffer.dtype == "bf16":
-            text = f"library.to_bf16({text})"
+        stored = f"library.to_bf16({text})" if store.buffer.dtype == "bf16" else text
         conditions = [self.expression(store.when)] if store.when is not None else []
         mask = self._mask(wanted, conditions)
-        self.out.add(f"tl.store({self.pointers[store.buffer]} + {offset}, {text}{mask})")
+        self.out.add(f"tl.store({self.pointers[store.buffer]} + {offset}, {stored}{mask})")
         self.forget(store.buffer)
         if again and store.when is None:
             self.known[Load(store.buffer, store.offset.expr, store.offset.bindings)] = text
@@ -234,7 +249,7 @@ class Body(Scope):
         else:
             self.out.add(f"{name} = tl.arange(0, {width})[None, :]")
         inner = self.inside()
-        inner.lanes, inner.width = loop.axis.symbol, width
+        inner.lanes, inner.width, inner.whole = loop.axis.symbol, width, whole
         inner.zeros[LANES] = f"0 * {name}"
         if not (size.is_Integer and size % width == 0):
             self.out.add(f"{name}_exists = {name} < {extent}")
@@ -249,7 +264,7 @@ class Body(Scope):
         return f"{name} = {text}"
 
     def literal(self, value: Literal) -> str:
-        return literal_text(value)
+        return operand_text(value)
 
     def index(self, value: Index) -> str:
         return index_text(value, self.index_names(value))
@@ -321,15 +336,19 @@ def next_power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _read(statement: Statement) -> set[Buffer]:
-    if isinstance(statement, Loop):
-        return set().union(*(_read(inner) for inner in statement.body))
+def _loads(statement: Start | Combine | Store) -> list[Load]:
     values: list[Value | None] = []
     if isinstance(statement, Store):
         values = [statement.offset, statement.value, statement.when]
     elif isinstance(statement, Combine):
         values = [statement.value]
-    return {load.buffer for load in loads(*(v for v in values if v is not None))}
+    return loads(*(v for v in values if v is not None))
+
+
+def _read(statement: Statement) -> set[Buffer]:
+    if isinstance(statement, Loop):
+        return set().union(*(_read(inner) for inner in statement.body))
+    return {load.buffer for load in _loads(statement)}
 
 
 def _written(statement: Statement) -> set[Buffer]:

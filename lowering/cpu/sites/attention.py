@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sympy
-import torch
 import torch.fx as fx
 
-from irc.core.operands import input_node
 from irc.core.program import VAL, Program
 from irc.core.target import op_name
 from irc.lowering.cpp.expressions import STORAGE_TYPES, size_text
@@ -18,9 +16,9 @@ from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Call, Definer
+from irc.lowering.kernels.layers import as_stored
 from irc.lowering.kernels.sites import Memory, Site, TemplateCall
 
-_ROWS_IN_BITS = {"int8.row": torch.int8, "int4.row": torch.uint8}
 _CONTIGUOUS, _PAGED = ("irc.attention", "irc.flash_attention"), "irc.paged_attention"
 
 
@@ -30,7 +28,7 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
         return None
     call, paged = Call(definer, node), op_name(node) == _PAGED
     names = ("query", "key_cache", "value_cache") if paged else ("query", "key", "value")
-    stored = [_as_stored(call._arguments[name]) for name in names[1:]]
+    stored = [as_stored(call._arguments[name]) for name in names[1:]]
     operands = [call._arguments[names[0]], *(cache for cache, _ in stored)]
     scales = [scale for _, scale in stored if scale is not None]
     query, key, value = map(call.as_operand, operands)
@@ -55,32 +53,6 @@ def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     reads += [(call._arguments["bias"], "strided")] if problem.bias is not None else []
     # Heads lie side by side in memory, so that what follows, a layer over all of them, reads dense rows.
     return Site("attention", node, tuple(reads), problem, order=(0, 1, 2) if paged else (0, 2, 1, 3))
-
-
-def _as_stored(operand: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """A cache, and the scales of its rows, that the graph widens in front of attention, which the kernel does itself.
-
-    It reads 16-bit floats, and integers of 8 and 4 bits with a scale for each token and head.
-    """
-    name, value = op_name(operand), operand.meta.get(VAL)
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-        return operand, None
-    if name == "aten._to_copy":
-        source = input_node(operand)
-        return (source, None) if _dtype(source) in (torch.bfloat16, torch.float16) else (operand, None)
-    bits = _ROWS_IN_BITS.get(str(operand.kwargs.get("format"))) if name == "irc.dequantize" else None
-    if bits is not None:
-        source, scale, further = input_node(operand), input_node(operand, 1), list(operand.args[2:])
-        shapes = [x.meta[VAL].shape for x in (source, scale)]
-        a_row = tuple(shapes[1]) == (*shapes[0][:-1], 1)
-        if a_row and further in ([], [None]) and (_dtype(source), _dtype(scale)) == (bits, torch.float32):
-            return source, scale
-    return operand, None
-
-
-def _dtype(node: object) -> torch.dtype | None:
-    value = node.meta.get(VAL) if isinstance(node, fx.Node) else None
-    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedFunction:

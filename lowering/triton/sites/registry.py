@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,14 +29,18 @@ class StepWriter:
         options: of the target.
         pointer: the name of a buffer's tensor, one element after the other, in the step.
         weight: the name of a weight's tensor.
-        kernel: adds a kernel's text (with the name `NAME`), or finds an equal one; returns its name.
+        kernel: adds a kernel by the name wanted, comments and text (with the name `NAME`), or finds one of equal text;
+            returns its name.
+        constant: adds a constant of the module, or finds an equal one; returns its name.
+        imports: lines that the module begins with.
     """
 
     program: Program
     options: TritonOptions
     pointer: Callable[[Buffer], str]
     weight: Callable[[str], str]
-    kernel: Callable[[str, str], str]
+    kernel: Callable[[str, Sequence[str], str], str]
+    constant: Callable[[str, str], str]
     imports: set[str] = field(default_factory=set)
 
     def strided(self, memory: Memory) -> str:
@@ -49,6 +53,10 @@ class StepWriter:
         """The tensor of a value that lies row by row: from its start on, one element after the other."""
         name = self.pointer(memory.buffer)
         return name if memory.start == 0 else f"{name}[{self.size(memory.start)}:]"
+
+    def argument(self, value: Buffer | Memory) -> str:
+        """A pointer of a printed kernel as it is given."""
+        return self.pointer(value) if isinstance(value, Buffer) else self.dense(value)
 
     @staticmethod
     def size(expr: sympy.Expr | int) -> str:

@@ -1,0 +1,1 @@
+"""Which library kernels a target's sites use, with what block sizes, and their launch."""
