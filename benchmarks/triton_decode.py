@@ -173,7 +173,7 @@ def main() -> None:
         print("no GPU here: nothing was measured")
     else:
         device = torch.device("cuda")
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: capture looks at versions of weights
             peers = {name: Theirs(args.shape, device, compiled=name == "compile")
                      for name in ("eager", "compile") if name not in args.without}  # fmt: skip
             results = [compare(args.shape, kind, args, peers) for kind in args.format]

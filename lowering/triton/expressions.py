@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping
 
@@ -21,19 +22,22 @@ _INFIX = {
     "logical_and": "&", "logical_or": "|", "logical_xor": "^", "bitwise_and": "&", "bitwise_or": "|",
     "bitwise_xor": "^", "shift_left": "<<", "shift_right": ">>",
 }  # fmt: skip
+_TRUTHS = ("logical_and", "logical_or", "logical_xor")
 _CALLS = {
     "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2", "sin": "tl.sin",
-    "cos": "tl.cos", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil", "rsqrt": "tl.rsqrt",
+    "cos": "tl.cos", "erf": "tl.erf", "floor": "tl.floor", "ceil": "tl.ceil", "rsqrt": "library.rsqrt",
     "sign": "library.sign", "tanh": "library.tanh", "sigmoid": "library.sigmoid", "expm1": "library.expm1",
     "log1p": "library.log1p", "log10": "library.log10", "tan": "library.tan", "sinh": "library.sinh",
     "cosh": "library.cosh", "trunc": "library.trunc", "round": "library.round_even", "isnan": "library.isnan",
-    "isinf": "library.isinf", "maximum": "library.maximum", "minimum": "library.minimum",
+    "isinf": "library.isinf", "atan": "library.atan", "atan2": "library.atan2", "maximum": "library.maximum",
+    "minimum": "library.minimum",
 }  # fmt: skip
 # Operations that integers compute in another way than floats.
 _BY_KIND = {
     "floor_div": ("library.floor_div_floats", "library.floor_div"),
     "trunc_div": ("library.trunc_div_floats", "library.trunc_div"),
-    "remainder": ("library.remainder_floats", "library.remainder"), "fmod": ("library.fmod", "library.fmod"),
+    "remainder": ("library.remainder_floats", "library.remainder"), "fmod": ("library.fmod",
+    "library.fmod_of_integers"),
     "pow": ("library.power", "library.power_of_integers"),
 }  # fmt: skip
 _FLOATS = ("f32", "f64")
@@ -57,6 +61,21 @@ def literal_text(value: Literal) -> str:
     return repr(number)
 
 
+def operand_text(value: Literal) -> str:
+    """A number as an operand: a Python float becomes f32 in Triton where f32 has it in its range, and else f64."""
+    number = float(value.value)
+    if value.dtype == "f64" and math.isfinite(number) and number != _in_f32(number):
+        return typed(value)
+    small = 0 < abs(number) < 2**-126
+    if value.dtype == "f32" and (small or (math.isinf(_in_f32(number)) and math.isfinite(number))):
+        return typed(value)
+    return literal_text(value)
+
+
+def _in_f32(number: float) -> float:
+    return ctypes.c_float(number).value
+
+
 def typed(value: Literal) -> str:
     """A number as a tensor of its type."""
     return f"tl.full((), {literal_text(value)}, {REGISTER_TYPES[value.dtype]})"
@@ -74,6 +93,8 @@ def apply_text(value: Apply, args: list[str]) -> str:
     if op.startswith("round."):
         storage = STORAGE_TYPES[op.removeprefix("round.")]
         return f"{args[0]}.to({storage}).to({REGISTER_TYPES[value.dtype]})"
+    if op in _TRUTHS:
+        args = [t if a.dtype == "bool" else f"({t} != 0)" for a, t in zip(value.args, args, strict=True)]
     if op in _INFIX:
         return f"({args[0]} {_INFIX[op]} {args[1]})"
     if op in _CALLS:

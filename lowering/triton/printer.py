@@ -58,17 +58,10 @@ class PrintedKernel:
     grid: str
     warps: int
 
-    @property
-    def key(self) -> str:
-        """Equal for functions that do the same."""
-        kinds = ",".join((a if isinstance(a, Buffer) else a.buffer).dtype for a in self.arguments)
-        return f"{self.parameters}{kinds}{self.sizes}{self.grid}{self.warps}{self.body}"
-
     def text(self, name: str) -> str:
-        """The whole function under a name."""
-        comment = "".join(f"# {line}\n" for line in self.comment)
+        """The whole function under a name, without the comment."""
         parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes)))
-        return f"{comment}@triton.jit\ndef {name}({parameters}):\n{self.body}"
+        return f"@triton.jit\ndef {name}({parameters}):\n{self.body}"
 
     def call(self, name: str, arguments: Sequence[str]) -> str:
         """The launch, as a line of the step."""
@@ -140,7 +133,7 @@ class _Printer:
 
     def printed(self) -> PrintedKernel:
         kernel, out = self.kernel, Lines(1)
-        total = sympy.prod([axis.extent for axis in self.outer])
+        total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
         if lanes:
             self.body = joined(self.body, MOST_LANES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from irc.core.program import Program
@@ -56,26 +57,25 @@ class _Kernels:
             self.constants.append(f"{self.names[text]} = {text}\n")
         return self.names[text]
 
-    def name_of(self, wanted: str, key: str, text: str) -> str:
+    def name_of(self, wanted: str, comment: Sequence[str], text: str) -> str:
         """The kernel's name; `NAME` in the text stands for it."""
-        if key not in self.names:
-            name = self.names[key] = identifier(f"k{len(self.texts)}_{wanted}", self.taken)
-            self.texts.append(text.replace("NAME", name, 1))
-        return self.names[key]
+        if text not in self.names:
+            name = self.names[text] = identifier(f"k{len(self.texts)}_{wanted}", self.taken)
+            self.texts.append("".join(f"# {line}\n" for line in comment) + text.replace("NAME", name, 1))
+        return self.names[text]
 
 
 def print_program(program: Program, schedule: Schedule, plan: Plan, options: TritonOptions) -> SourceText:
     """The source of a scheduled program."""
     kernels, tensors = _Kernels(), _Tensors(program, schedule, plan)
     writer = StepWriter(
-        program, options, tensors.of, tensors.weight, lambda wanted, text: kernels.name_of(wanted, text, text),
-        kernels.constant,
+        program, options, tensors.of, tensors.weight, kernels.name_of, kernels.constant
     )  # fmt: skip
     lines: list[str] = []
     for step in schedule.steps:
         if isinstance(step, Kernel):
             printed = print_kernel(step)
-            name = kernels.name_of(printed.name, printed.key, printed.text("NAME"))
+            name = kernels.name_of(printed.name, printed.comment, printed.text("NAME"))
             lines.append(printed.call(name, [tensors.argument(a) for a in printed.arguments]))
         else:
             lines += [f"# {origin}" for origin in step.origins[-1:]]

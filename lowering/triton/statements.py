@@ -15,7 +15,7 @@ from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Combine, Loop, Start, Statement, Store
 from irc.lowering.kernels.printing import Lines, Scope, before_rounding, read_again
 from irc.lowering.kernels.values import REGISTER, Apply, Index, Literal, Load, Local, Value, loads, walk
-from irc.lowering.triton.expressions import REGISTER_TYPES, apply_text, index_text, literal_text, size_text, typed
+from irc.lowering.triton.expressions import REGISTER_TYPES, apply_text, index_text, operand_text, size_text, typed
 
 ROWS, LANES, STOP = "rows", "lanes", "stop"
 _FLOATS = ("f32", "f64")
@@ -201,11 +201,10 @@ class Body(Scope):
         again = read_again(store, following)
         value = store.value if again else before_rounding(store.value, f"round.{store.buffer.dtype}")
         text = self.named(value) if again else self.expression(value)
-        if store.buffer.dtype == "bf16":
-            text = f"library.to_bf16({text})"
+        stored = f"library.to_bf16({text})" if store.buffer.dtype == "bf16" else text
         conditions = [self.expression(store.when)] if store.when is not None else []
         mask = self._mask(wanted, conditions)
-        self.out.add(f"tl.store({self.pointers[store.buffer]} + {offset}, {text}{mask})")
+        self.out.add(f"tl.store({self.pointers[store.buffer]} + {offset}, {stored}{mask})")
         self.forget(store.buffer)
         if again and store.when is None:
             self.known[Load(store.buffer, store.offset.expr, store.offset.bindings)] = text
@@ -265,7 +264,7 @@ class Body(Scope):
         return f"{name} = {text}"
 
     def literal(self, value: Literal) -> str:
-        return literal_text(value)
+        return operand_text(value)
 
     def index(self, value: Index) -> str:
         return index_text(value, self.index_names(value))

@@ -24,8 +24,8 @@ def test_random_clusters(seed: int) -> None:
     coverage = TRITON.check(program)
     assert coverage.complete, str(coverage)
     artifact = TRITON.lower(program)
-    batches = (x.shape[0], 1, 4) if program.dims else (x.shape[0],)
-    for batch in batches:
+    batches = {x.shape[0], *(max(dim.minimum, size) for dim in program.dims.values() for size in (1, 4))}
+    for batch in sorted(batches):
         inputs = [torch.randn(batch, *v.shape[1:], generator=torch.Generator().manual_seed(seed)) for v in (x, y)]
         expected, found = program.run(*inputs), artifact.run(*inputs)
         for number, (a, b) in enumerate(zip(expected, found, strict=True)):

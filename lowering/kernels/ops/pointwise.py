@@ -69,7 +69,7 @@ def _binary(name: str, kind: str) -> None:
             return settle(_power(a, b), call.dtype)
         return settle(apply(name, a, b, dtype="bool" if kind == _TRUTH else None), call.dtype)
 
-    suffixes = (".Tensor_Tensor", ".Tensor_Scalar") if name == "pow" else ("", ".Tensor", ".Scalar")
+    suffixes = (".Tensor_Tensor", ".Tensor_Scalar", ".Scalar") if name == "pow" else ("", ".Tensor", ".Scalar")
     defines(*(f"aten.{name}{suffix}" for suffix in suffixes), kind="pointwise")(define)
 
 

@@ -54,6 +54,14 @@ def sign(x):
 
 
 @triton.jit
+def _negative(x):
+    """Whether a float has the sign, -0.0 included."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) < 0
+    return x.to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
 def trunc(x):
     """Towards zero."""
     return tl.where(x < 0, tl.ceil(x), tl.floor(x))
@@ -127,12 +135,42 @@ def trunc_div_floats(a, b):
     return trunc(divide(a, b))
 
 
+if interpreting():
+
+    @triton.jit
+    def _rest(a, b):
+        """What a whole quotient leaves of two numbers that are not negative."""
+        return a % b
+
+else:
+
+    @triton.jit
+    def _rest(a, b):
+        """What a whole quotient leaves of two numbers that are not negative; exact for quotients up to 2^200.
+
+        Triton's own remainder is off from quotients of 2^24 (f64: 2^53) on. What a rounded quotient leaves is a float:
+        so each step is exact, and leaves a number some 50 bits shorter.
+        """
+        rest = tl.cast(a, tl.float64)
+        divisor = tl.cast(b, tl.float64)
+        for _ in range(4):
+            rest = tl.fma(-trunc(rest / divisor), divisor, rest)
+        rest = tl.where(rest < 0, rest + divisor, rest)
+        rest = tl.where((divisor == float("inf")) & (a < divisor), a, rest)
+        return rest.to(b.dtype)
+
+
 @triton.jit
 def fmod(a, b):
     """What the truncated quotient leaves, with the sign of a."""
-    rest = a % b
-    # A remainder has the sign of b in the interpreter.
-    return tl.where((rest != 0) & ((rest < 0) != (a < 0)), rest - b, rest)
+    rest = _rest(tl.abs(a), tl.abs(b))
+    return tl.where(a < 0, -rest, rest)
+
+
+@triton.jit
+def fmod_of_integers(a, b):
+    """What the truncated quotient leaves, with the sign of a."""
+    return a - trunc_div(a, b) * b
 
 
 @triton.jit
@@ -140,6 +178,14 @@ def remainder_floats(a, b):
     """What ⌊a / b⌋ leaves, with the sign of b."""
     rest = fmod(a, b)
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def rsqrt(x):
+    """1 / sqrt(x); Triton's own has but 20 bits for f64."""
+    if x.dtype == tl.float64:
+        return 1.0 / tl.sqrt(x)
+    return tl.rsqrt(x)
 
 
 @triton.jit
@@ -190,31 +236,78 @@ def tan(x):
 
 
 @triton.jit
+def _atan_below_1(x):
+    """The series around 0, after angles above 22.5° are turned by 45°; x in [0, 1]."""
+    turned = x > 0.41421356237309503
+    t = tl.where(turned, divide(x - 1, x + 1), x)
+    terms: tl.constexpr = 22 if x.dtype == tl.float64 else 9
+    square = t * t
+    p = tl.zeros_like(t)
+    for k in tl.static_range(terms):
+        p = 1.0 / (2 * (terms - k) + 1) - square * p
+    near = t - t * square * p
+    return tl.where(turned, near + 0.7853981633974483, near)
+
+
+@triton.jit
+def atan(x):
+    """The angle in [-π/2, π/2] whose tangent is x."""
+    size = tl.abs(x)
+    steep = size > 1
+    angle = _atan_below_1(tl.where(steep, divide(1.0, size), size))
+    angle = tl.where(steep, 1.5707963267948966 - angle, angle)
+    return tl.where(x < 0, -angle, angle)
+
+
+@triton.jit
+def atan2(y, x):
+    """The angle in [-π, π] of the point (x, y)."""
+    height = tl.abs(y)
+    width = tl.abs(x)
+    one = tl.full((), 1, x.dtype)
+    slope = divide(height, tl.where(height == 0, one, width))
+    slope = tl.where((height == width) & (height != 0), one, slope)  # infinities, too
+    angle = atan(tl.where(x != x, x, slope))
+    angle = tl.where(_negative(x), 3.141592653589793 - angle, angle)
+    return tl.where(_negative(y), -angle, angle)
+
+
+@triton.jit
 def sinh(x):
     """(e^x - e^-x) / 2."""
-    m = expm1(tl.abs(x))
-    value = 0.5 * (m + divide(m, m + 1))
-    return tl.where(x < 0, -value, value)
+    size = tl.abs(x)
+    m = expm1(tl.where(size < 20, size, tl.full((), 20, x.dtype)))
+    value = tl.where(size < 20, 0.5 * (m + divide(m, m + 1)), _half_exp(size))
+    value = tl.where(x < 0, -value, value)
+    return tl.where(x != x, x, value)
+
+
+@triton.jit
+def _half_exp(x):
+    """e^x / 2, also where e^x is infinite."""
+    root = tl.exp(0.5 * x)
+    return (0.5 * root) * root
 
 
 @triton.jit
 def cosh(x):
     """(e^x + e^-x) / 2."""
-    u = tl.exp(tl.abs(x))
-    return 0.5 * (u + divide(1.0, u))
+    half = _half_exp(tl.abs(x))
+    return half + divide(0.25, half)
 
 
 @triton.jit
 def power(a, b):
     """a^b of floats, in f64: the exponent of a large result takes its digits."""
-    base = tl.cast(a, tl.float64)
-    exponent = tl.cast(b, tl.float64)
+    base, exponent = tl.broadcast(tl.cast(a, tl.float64), tl.cast(b, tl.float64))
     size = tl.exp2(exponent * tl.log2(tl.abs(base)))
+    size = tl.where((exponent == 0) | (tl.abs(base) == 1), 1.0, size)
     whole = exponent == tl.floor(exponent)
     odd = whole & ((exponent * 0.5) != tl.floor(exponent * 0.5))
-    signed = tl.where((base < 0) & odd, -size, size)
-    value = tl.where((base < 0) & (whole == 0), float("nan"), signed)
-    value = tl.where((exponent == 0) | (base == 1), 1.0, value)
+    value = tl.where(_negative(base) & odd, -size, size)
+    value = tl.where((base < 0) & (base != float("-inf")) & (whole == 0), float("nan"), value)
+    unknown = ((base != base) & (exponent != 0)) | ((exponent != exponent) & (base != 1))
+    value = tl.where(unknown, float("nan"), value)
     return value.to(a.dtype)
 
 
