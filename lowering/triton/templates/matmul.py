@@ -251,11 +251,12 @@ def _tiles(problem: MatmulProblem) -> Iterator[Config]:
         depth = 128 if problem.group == 128 else 64
     for height in (32, 64, 128):
         for columns in (16, 32, 64, 128, 256):
-            # f32[BM, BN] lies in registers: 64 a thread with 8 warps at 128 x 128. The parts of f32 need as many again.
+            # f32[BM, BN] lies in registers: 64 a thread with 8 warps at 128 x 128. The parts of f32, and integers that
+            # become numbers, need as many again.
             area = height * columns
             if area > (64 * 128 if wide else 128 * 256) or area < 1024:
                 continue
-            warps = 8 if area >= (64 * 128 if wide else 128 * 128) else 4
+            warps = 8 if area >= (64 * 128 if wide or problem.bits is not None else 128 * 128) else 4
             stages = 4
             while stages > 2 and _shared(problem, height, columns, depth, stages) > _SHARED_BYTES:
                 stages -= 1
