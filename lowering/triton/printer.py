@@ -21,13 +21,13 @@ from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Statement, Store, axes_of, statements, values_of
 from irc.lowering.kernels.printing import Lines
 from irc.lowering.kernels.sites import Memory
-from irc.lowering.kernels.values import Apply, walk
+from irc.lowering.kernels.values import Apply, loads, walk
 from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
 from irc.lowering.triton.lanes import joined
 from irc.lowering.triton.statements import DYNAMIC_LANES, LANES, MOST_LANES, ROWS, Body, Shape, next_power
 
-BLOCK = 1024
-"""Elements that a program of an elementwise kernel computes: with 4 warps, 8 a thread."""
+BLOCK = 512
+"""Elements that a program of an elementwise kernel computes: with 2 warps 8 a thread, which is 16 bytes of halves."""
 _LEAST_COLUMNS = 256
 """Columns of a result below which a tile may be wider than it."""
 _ELEMENTS = 2048
@@ -132,7 +132,39 @@ class _Printer:
         self.names |= {symbol: f"j{n}" for n, symbol in enumerate(dict.fromkeys(inner))}
 
     def printed(self) -> PrintedKernel:
-        kernel, out = self.kernel, Lines(1)
+        nests = _independent(self.kernel)
+        return self._side_by_side(nests) if nests else self._rows()
+
+    def _side_by_side(self, nests: Sequence[tuple[list[Axis], tuple[Statement, ...]]]) -> PrintedKernel:
+        """Each nest of loops has programs of its own: done one after the other, a token's heads would wait in turn."""
+        out, totals, counter = Lines(1), [], [0]
+        for axes, _ in nests:
+            total = size_text(sympy.prod([axis.extent for axis in axes]), {})
+            totals.append((total, f"cdiv({total}, {BLOCK})"))
+        out.add("pid = tl.program_id(0)")
+        for number, (_, blocks) in enumerate(totals[:-1]):
+            out.add(f"end{number} = {f'end{number - 1} + ' if number else ''}tl.{blocks}")
+        for number, (axes, body) in enumerate(nests):
+            self.outer, total = axes, totals[number][0]
+            names = {axis.symbol: f"i{n}" for n, axis in enumerate(axes)}
+            self.names |= names if len(axes) > 1 else dict.fromkeys(names, "i")
+            first, last = number == 0, number == len(nests) - 1
+            out.add("else:" if last else f"{'if' if first else 'elif'} pid < end{number}:")
+            out.depth += 1
+            out.add(f"i = {f'(pid - end{number - 1})' if number else 'pid'} * {BLOCK} + tl.arange(0, {BLOCK})")
+            out.add(f"exists = i < {total}")
+            self.decompose(out)
+            symbols = frozenset(axis.symbol for axis in axes)
+            made = Body(self.pointers, self.names, out, Shape((BLOCK,), False), symbols, {ROWS: "exists"},
+                        {ROWS: "0 * i"})  # fmt: skip
+            made.counter = counter  # one name has one type, in all branches
+            made.statements(body)
+            out.depth -= 1
+        return self._made(out, " + ".join(f"triton.{blocks}" for _, blocks in totals), _warps(BLOCK))
+
+    def _rows(self) -> PrintedKernel:
+        """One kind of programs, which share the outer axes."""
+        out = Lines(1)
         total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
         if lanes:
@@ -153,9 +185,12 @@ class _Printer:
         self.decompose(out)
         symbols = frozenset(axis.symbol for axis in self.outer)
         Body(self.pointers, self.names, out, shape, symbols, masks, {ROWS: "0 * i"}).statements(self.body)
-        warps = _warps(rows * max(width, 1))
-        comment = tuple(str(origin) for origin in kernel.origins)
         grid = f"triton.cdiv({text}, {rows})" if rows > 1 else text
+        return self._made(out, grid, _warps(rows * max(width, 1)))
+
+    def _made(self, out: Lines, grid: str, warps: int) -> PrintedKernel:
+        kernel = self.kernel
+        comment = tuple(str(origin) for origin in kernel.origins)
         return PrintedKernel(
             kernel.name, comment, tuple(self.pointers.values()), out.text(), tuple(self.pointers),
             tuple(s for s in kernel.sizes if s not in self.names), grid, warps,
@@ -191,6 +226,30 @@ def _flattened(kernel: Kernel) -> tuple[list[Axis], tuple[Statement, ...]]:
         outer.append(body[0].axis)
         body = body[0].body
     return outer, body
+
+
+def _independent(kernel: Kernel) -> list[tuple[list[Axis], tuple[Statement, ...]]]:
+    """(all axes, stores) of each nest of loops, if there are several, of stores alone, and none reads another's."""
+    nests: list[tuple[list[Axis], tuple[Statement, ...]]] = []
+    for statement in kernel.body:
+        axes, body = list(kernel.outer), (statement,)
+        while len(body) == 1 and isinstance(body[0], Loop) and body[0].axis.stop is None:
+            axes.append(body[0].axis)
+            body = body[0].body
+        if not axes or not all(isinstance(s, Store) for s in body):
+            return []
+        nests.append((axes, body))
+    touched = [(_touched(body)) for _, body in nests]
+    apart = all(not (written & read or written & also) for i, (written, _) in enumerate(touched)
+                for k, (also, read) in enumerate(touched) if i != k)  # fmt: skip
+    return nests if len(nests) > 1 and apart else []
+
+
+def _touched(body: Sequence[Statement]) -> tuple[set[Buffer], set[Buffer]]:
+    """(buffers written, buffers read) by stores."""
+    stores = [s for s in body if isinstance(s, Store)]
+    values = [v for s in stores for v in (s.offset, s.value, s.when) if v is not None]
+    return {s.buffer for s in stores}, {load.buffer for load in loads(*values)}
 
 
 def _in_lanes(body: Sequence[Statement], outer: Sequence[Axis]) -> bool:
