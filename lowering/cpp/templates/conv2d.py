@@ -26,7 +26,7 @@ ROWS_AHEAD = "irc::gemm_height"
 _GROUP, _PLACES, _MOST_CHANNELS = 64, 16, 1 << 17
 # Channels, tiles and outputs of a block: gemm_depth, winograd_rows and conv_group.
 _DEPTH, _TILES, _COLUMNS = 256, 48, 128
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
     if reason:
         raise TargetError(f"conv2d cannot do {problem}: {reason}")
     wanted = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-    if tuple(weight.shape) != wanted or weight.dtype != _DTYPES[problem.weight]:
+    if tuple(weight.shape) != wanted or weight.dtype != DTYPES[problem.weight]:
         raise wrong_shape("weight", f"{weight.dtype}{list(weight.shape)}", f"{problem.weight}{list(wanted)}")
     if problem.winograd:
         sides = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
