@@ -50,7 +50,7 @@ class TritonArtifact(Artifact):
             raise StorageError(f"the manifest of a triton artifact is damaged: {error!r}") from error
         super().__init__([name for name, _ in self.signature.inputs], kv_cache, notes)
         self.manifest, self.source, self.options = dict(manifest), source, options
-        self._stored, self._program, self._folder = dict(weights), program, folder
+        self.weights, self._program, self._folder = dict(weights), program, folder
         self._loaded: _Loaded | None = None
         self._graphs: dict[Any, GraphStep] = {}
 
@@ -67,7 +67,7 @@ class TritonArtifact(Artifact):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(w.numel() * w.element_size() for w in self._stored.values())
+        return sum(w.numel() * w.element_size() for w in self.weights.values())
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +81,7 @@ class TritonArtifact(Artifact):
             TargetError: neither a GPU nor the interpreter is there.
         """
         if self._loaded is None:
-            self._loaded = _Loaded(self.source, self._stored, usable_device(self.options.device))
+            self._loaded = _Loaded(self.source, self.weights, usable_device(self.options.device))
         return self._loaded
 
     # ------------------------------------------------------------ running
@@ -157,7 +157,7 @@ class TritonArtifact(Artifact):
             (work / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n")
             (work / SOURCE).write_text(self.source, encoding="utf-8")
             (work / GRAPH).write_text(str(self.program), encoding="utf-8")
-            safetensors.torch.save_file({k: v.contiguous() for k, v in self._stored.items()}, work / WEIGHTS)
+            safetensors.torch.save_file({k: v.contiguous() for k, v in self.weights.items()}, work / WEIGHTS)
             work.chmod(0o755)
             if target.exists():
                 shutil.rmtree(target)
