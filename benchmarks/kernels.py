@@ -161,7 +161,8 @@ def matmul_peer(weight: str, x: Tensor, dense: Tensor, copies: int) -> tuple[Cal
         take = _turns([torch.randint(-127, 127, tuple(dense.shape), dtype=torch.int8) for _ in range(copies)])
         half, scales = x.bfloat16(), torch.ones(dense.shape[0], dtype=torch.bfloat16)
         return lambda: torch.ops.aten._weight_int8pack_mm(half, take(), scales), "_weight_int8pack_mm"
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[weight]
+    # PyTorch has no kernel for 8-bit floats here.
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f8e4m3.g32": torch.float32}[weight]
     take = _turns([dense.to(dtype) for _ in range(copies)])
     typed = x.to(dtype)
     return lambda: F.linear(typed, take()), "F.linear"
@@ -173,7 +174,10 @@ def matmul_cases(machine: Machine, layer: tuple[str, int, int], weight: str, row
     problem = _problem(layer, weight)
     template = quantized_matmul if "int" in weight else float_matmul
     dense = torch.randn(columns, depth, generator=torch.Generator().manual_seed(0)) * 0.02
-    if "int" in weight:
+    if weight == "f8e4m3.g32":
+        parts = formats.quantize_tensor(dense, formats.parse(weight))
+        packed = float_matmul.pack(problem, parts.stored, parts.scale)
+    elif "int" in weight:
         dtype = torch.float16 if problem.scale == "f16" else torch.float32
         packed = quantized_matmul.pack(problem, *formats.quantize_tensor(dense, formats.parse(weight), dtype))
     else:
@@ -343,7 +347,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     layers = list(LAYERS[:1] if options.quick else LAYERS)
-    weights = ["int4.g32", "int8.row", "bf16", "f32"]
+    weights = ["int4.g32", "int8.row", "f8e4m3.g32", "bf16", "f32"]
     functions, includes = _functions(layers, weights)
     machine = Machine(functions, includes, options.threads)
     rounds = 5 if options.quick else 15

@@ -3,10 +3,10 @@
     python benchmarks/triton_decode.py --shape 1.1B --format bf16 q4_0
     python benchmarks/triton_decode.py --shape 135M --format bf16 --without compile    # torch.compile takes minutes
 
-Both run in turns: target triton as it serves (steps replayed as CUDA graphs), PyTorch in bf16 with transformers' static
-cache, as it is and by torch.compile(mode="reduce-overhead"), which replays CUDA graphs as well. Medians and the spread
-of ratios are printed, and the read bandwidth: bytes of weights and cache for a token over its time, as a part of what a
-copy on the device moves in the same minute.
+Both run in turns: target triton as it serves (steps replayed as CUDA graphs), and a Llama in plain PyTorch in bf16
+(workers/torch_llama.py), as it is and by torch.compile(mode="reduce-overhead"), which replays CUDA graphs as well.
+Medians and the spread of ratios are printed, and the read bandwidth: bytes of weights and cache for a token over its
+time, as a part of what a copy on the device moves in the same minute.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import llama_cpp
 from cpu_decode import PASSES, random_llama
+from workers.torch_llama import TorchLlama
 
 import irc
 
@@ -58,25 +59,18 @@ class Ours:
 
 
 class Theirs:
-    """PyTorch with a static cache."""
+    """PyTorch with a static cache; compiled, a graph for a token and one for the prompt."""
 
     def __init__(self, shape: str, device: torch.device, *, compiled: bool) -> None:
-        from transformers import StaticCache
-
-        self.model: nn.Module = random_llama(shape, torch.bfloat16).to(device)
-        self.cache = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
+        self.model = TorchLlama(random_llama(shape, torch.bfloat16), CONTEXT, device)
         self.device = device
         self.call = (
-            torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True) if compiled else self.model
+            torch.compile(self.model, mode="reduce-overhead", fullgraph=True, dynamic=False) if compiled else self.model
         )
-        self.plain = self.model
 
     def step(self, tokens: Tensor, start: int) -> Tensor:
         positions = torch.arange(start, start + tokens.shape[1], device=self.device)
-        call = self.call if tokens.shape[1] == 1 else self.plain
-        result = call(input_ids=tokens, position_ids=positions.unsqueeze(0), cache_position=positions,
-                      past_key_values=self.cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-        logits: Tensor = result.logits
+        logits: Tensor = self.call(tokens, positions)
         return logits.clone()
 
 
@@ -173,7 +167,7 @@ def main() -> None:
         print("no GPU here: nothing was measured")
     else:
         device = torch.device("cuda")
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: capture looks at versions of weights
             peers = {name: Theirs(args.shape, device, compiled=name == "compile")
                      for name in ("eager", "compile") if name not in args.without}  # fmt: skip
             results = [compare(args.shape, kind, args, peers) for kind in args.format]

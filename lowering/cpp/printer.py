@@ -69,8 +69,9 @@ class _Printer:
     def printed(self) -> PrintedFunction:
         comment = tuple(str(origin) for origin in self.kernel.origins)
         return PrintedFunction(
-            self.kernel.name, comment, tuple(self.declared), self._body(), tuple(self.pointers), self._sizes()
-        )
+            self.kernel.name, comment, tuple(self.declared), self._body(), tuple(self.pointers), self._sizes(),
+            seconds=0.1,
+        )  # fmt: skip
 
     def _sizes(self) -> tuple[sympy.Symbol, ...]:
         return tuple(s for s in self.kernel.sizes if s not in self.names)

@@ -28,6 +28,7 @@ from irc.lowering.cpu.bound import BoundStep
 from irc.lowering.cpu.library import Library, default_threads
 from irc.lowering.cpu.options import CpuOptions
 from irc.lowering.kernels.signature import Signature
+from irc.passes.quantize.quantize_activations import QuantizeActivations
 
 MANIFEST, WEIGHTS, SOURCE, HEADER = "manifest.json", "weights.bin", "program.cpp", "program.h"
 GRAPH = "graph.irc"
@@ -37,10 +38,6 @@ MOST_BOUND = 32
 # than they help, and most where PyTorch's own threads, which wait by spinning, are on the same processors.
 _SMALL_STEP = 4 << 20
 """Shapes of steps that are remembered with the caches they were called with."""
-
-
-# Relative error that `quantize-activations` promises at 8 bits.
-_INT8_TOLERANCE = 0.12
 
 
 class CpuArtifact(Artifact):
@@ -93,7 +90,8 @@ class CpuArtifact(Artifact):
 
     def verify(self, program: Program, inputs: Sequence[Any] | None = None) -> ArtifactCheck:
         """As `Artifact.verify`; activations quantized by an option may cost what those of a pass may."""
-        tolerance = _INT8_TOLERANCE if self.options.activations == "int8" else None
+        quantized = self.options.activations == "int8"
+        tolerance = QuantizeActivations(mode="dynamic").preserves.rtol if quantized else None
         return check_artifact(self.target, self.run, program, inputs, tolerance=tolerance)
 
     def run(self, *inputs: Any) -> list[Any]:

@@ -15,8 +15,8 @@ from irc.lowering.cpp.function import PrintedFunction
 UNITS = 2
 # From so many functions on, a kind of template is instantiated in every unit: they take longer than reading it twice.
 _MANY = 8
-# Rough seconds of a build: the step; reading a kind of template; a function of it, of attention, or printed as loops.
-_STEP_COST, _KIND_COST, _TEMPLATE_COST, _ATTENTION_COST, _LOOPS_COST = 0.4, 0.5, 0.15, 1.2, 0.1
+# Rough seconds of a build: the step, and reading a kind of template.
+_STEP_COST, _KIND_COST = 0.4, 0.5
 
 
 @dataclass
@@ -57,13 +57,12 @@ def in_units(functions: Sequence[tuple[str, PrintedFunction]]) -> list[Unit]:
         else:
             min(units, key=lambda unit: unit.cost).add(own, _cost(own))
     for one in loops:
-        min(units, key=lambda unit: unit.cost).add([one], _LOOPS_COST)
+        min(units, key=lambda unit: unit.cost).add([one], one[1].seconds)
     return units
 
 
 def _cost(functions: Sequence[tuple[str, PrintedFunction]]) -> float:
-    attention = any("attention" in header for _, function in functions for header in function.includes)
-    return _KIND_COST + (_ATTENTION_COST if attention else _TEMPLATE_COST) * len(functions)
+    return _KIND_COST + sum(function.seconds for _, function in functions)
 
 
 def print_units(units: Sequence[Unit], main: str, includes: Sequence[str]) -> str:

@@ -27,6 +27,9 @@ CASES = (
     ("f16", "f16", 21, 40),
     ("f8e4m3.row", "f32", 35, 70),
     ("f8e5m2.tensor", "f32", 16, 33),
+    ("f8e4m3.g16", "bf16", 83, 336),
+    ("f8e5m2.g96", "f32", 150, 288),
+    ("f8e4m3.g3", "f16", 5, 9),
     ("bf16", "f16", 789, 259),
 )
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 16, 17, 97, 130)
@@ -61,7 +64,8 @@ def _weight(case: tuple[str, str, int, int]) -> tuple[tuple[Tensor, ...], Tensor
         return (weight,), weight.double()
     parts = formats.quantize_tensor(weight, formats.parse(text))
     assert parts.scale is not None
-    return (parts.stored, parts.scale), parts.stored.float().double() * parts.scale.double()
+    scales = parts.scale.double().repeat_interleave(depth // parts.scale.shape[1], 1)
+    return (parts.stored, parts.scale), parts.stored.float().double() * scales
 
 
 @needs_compiler
@@ -120,7 +124,7 @@ def test_every_8_bit_float_is_read_exactly(kernels: ctypes.CDLL) -> None:
     ("weight", "activation", "reason"),
     [
         ("int4.g32", "f32", "no float format"),
-        ("f8e4m3.g32", "f32", "one scale a row"),
+        ("f8e4m3.g24", "f32", "groups of 24 do not divide 32"),
         ("f32", "f64", "known: f32"),
         ("f33", "f32", "not a quantization format"),
     ],

@@ -9,14 +9,12 @@ import torch
 
 from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import int8_conv2d as template
-from tests.kernels.building import build, needs_compiler, runnable_isas
+from tests.kernels.building import needs_compiler
 from tests.kernels.integers import (
     Case,
     Ending,
-    adding_function,
     check_ending,
     check_sums,
-    ending_function,
     problem_of,
 )
 
@@ -31,19 +29,13 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=runnable_isas())
-def kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    functions = [adding_function(template, f"case{i}", case) for i, case in enumerate(CASES)]
-    return build(template.INCLUDES, functions, request.param)
-
-
 # Weights of 8 bits; of 7, which pairs in 16 bits hold; of which fours are held now and then, and always.
 @needs_compiler
 @pytest.mark.parametrize("index", range(len(CASES)))
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("least", [-128, -64, -45, -32])
-def test_sums_are_exact(kernels: ctypes.CDLL, index: int, extreme: bool, least: int) -> None:
-    check_sums(template, getattr(kernels, f"case{index}"), CASES[index], index, least, extreme)
+def test_sums_are_exact(adding_kernels: ctypes.CDLL, index: int, extreme: bool, least: int) -> None:
+    check_sums(template, getattr(adding_kernels, f"case{index}"), CASES[index], index, least, extreme)
 
 
 def test_where_four_products_leave_16_bits() -> None:
@@ -69,12 +61,6 @@ ENDS = (
     Ending(CASES[4], "uint8_t", "uint8_t", 3, False),
     Ending(CASES[5], "int8_t", "int8_t", -3, False),
 )
-
-
-@pytest.fixture(scope="module", params=runnable_isas())
-def ending_kernels(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    functions = [ending_function(template, f"end{i}", ending) for i, ending in enumerate(ENDS)]
-    return build(template.INCLUDES, functions, request.param)
 
 
 @needs_compiler

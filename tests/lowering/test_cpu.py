@@ -225,12 +225,14 @@ def test_engine_gives_the_tokens_of_the_reference() -> None:
         model.paged_step([page[::2] for page in pages], inputs)
 
 
-@pytest.mark.parametrize("weights", ["bits=4,group-size=16", "bits=8,group-size=none", "format=f8e4m3.row"])
+@pytest.mark.parametrize(
+    "weights", ["bits=4,group-size=16", "bits=8,group-size=none", "format=f8e4m3.row", "format=f8e5m2.g16"]
+)
 def test_quantized_steps(weights: str) -> None:
     dynamic = "" if "f8" in weights else "quantize-activations{mode=dynamic},"
     program = steps.step(f"quantize-weights{{{weights}}},{dynamic}insert-kv-cache{{max-length=32}}")
     artifact = CPU.lower(program, QUICK)
-    kind = "float_linear" if "f8" in weights else "quantized_matmul"
+    kind = "scaled_linear" if "f8" in weights else "quantized_matmul"
     assert artifact.source.count(f"irc::{kind}<") > 0
     check = artifact.verify(program)
     assert check.passed, str(check)

@@ -20,7 +20,9 @@ def functions(**counts: int) -> list[tuple[str, PrintedFunction]]:
     made = []
     for kind, count in counts.items():
         includes = () if kind == "loops" else (f"{kind}.h",)
-        made += [(f"{kind}{i}", PrintedFunction(kind, (), ("int x",), "", (), (), includes)) for i in range(count)]
+        seconds = 1.2 if kind == "attention" else 0.1 if kind == "loops" else 0.15
+        one = PrintedFunction(kind, (), ("int x",), "", (), (), includes, seconds=seconds)
+        made += [(f"{kind}{i}", one) for i in range(count)]
     return made
 
 

@@ -51,6 +51,7 @@ class Recorder:
 def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], capability: int) -> dict[str, int]:
     """What the code of a kernel consists of, specialised as a launch with these arguments specialises it."""
     constant = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
     kinds: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -69,7 +70,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], ca
         if name in constant or arguments[name] is None:
             kinds[name], constants[(place,)] = "constexpr", arguments[name]
         else:
-            kinds[name] = kind(arguments[name], (place,))
+            kinds[name] = "i32" if name in general else kind(arguments[name], (place,))
     made = triton.compile(
         ASTSource(kernel, kinds, constants, attributes), target=GPUTarget("cuda", capability, 32), options=options
     )

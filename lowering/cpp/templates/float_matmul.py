@@ -1,7 +1,8 @@
-"""Weights stored as floats (f32, bf16, f16, 8-bit floats with a scale a row) × activations in f32 or halves, f32 sums.
+"""Weights stored as floats (f32, bf16, f16, 8-bit floats with scales) × activations in f32 or halves, f32 sums.
 
 `irc/fmatmul.h` has the layout, the order of the sums and the bound on their error; `irc/linear.h` chooses a kernel. On
 AVX-512 bf16 activations meet bf16 weights in vdpbf16ps; everywhere else both are widened to f32 first.
+`irc/linear_scaled.h` has all of that for 8-bit floats.
 
 `epilogue(m, n0, n1, values)` gets y[m, n0:n1] as f32, at most 128 columns, with n0 a multiple of 32.
 """
@@ -17,9 +18,11 @@ from irc.core import formats
 from irc.core.errors import OptionError, ParseError, TargetError
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, by_panel, pad_to, wrong_shape
 
-INCLUDES = ("irc/linear.h",)
+INCLUDES = ("irc/linear.h", "irc/linear_scaled.h")
 # Rows between two calls of the epilogue for the same columns: a tile, as C++ text.
 ROWS_AHEAD = "irc::gemm_height"
+# Neighbours along the depth whose bytes lie together.
+_TOGETHER = 4
 _PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -35,16 +38,16 @@ def refuses(problem: MatmulProblem, isa: str) -> str | None:
         return str(error)
     if not isinstance(chosen, formats.Float8Format):
         return f"{problem.weight} is no float format; known: {', '.join(_PLAIN)}, f8e4m3, f8e5m2"
-    if chosen.group_size is not None:
-        return f"{problem.weight}: 8-bit floats are packed with one scale a row or for the tensor"
+    if chosen.group_size is not None and problem.depth % chosen.group_size:
+        return f"{problem.weight}: groups of {chosen.group_size} do not divide {problem.depth}"
     return None
 
 
 def pack(problem: MatmulProblem, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """A weight [N, K] (with its scales [N, 1] or [1, 1], if 8-bit) as panels.
+    """A weight [N, K] (with its scales [N, groups], [N, 1] or [1, 1], if 8-bit) as panels.
 
     Raises:
-        TargetError: the weight does not fit the problem, or holds a NaN in 8 bits.
+        TargetError: the weight does not fit the problem, or holds an infinity or a NaN in 8 bits.
     """
     reason = refuses(problem, "plain")
     if reason:
@@ -60,13 +63,20 @@ def pack(problem: MatmulProblem, weight: Tensor, scale: Tensor | None = None) ->
         return as_bytes(by_panel(weight).transpose(1, 2).flatten())
     if scale is None:
         raise TargetError(f"weights in {problem.weight} come without scales")
-    if bool(weight.float().isnan().any()):
-        raise TargetError(f"a weight in {problem.weight} is NaN, which the packed layout cannot hold")
-    bits = by_panel(weight.view(torch.uint8)).transpose(1, 2).flatten(1)
-    scales = scale.float().expand(problem.columns, 1).squeeze(1)
+    if not bool(weight.float().isfinite().all()):
+        raise TargetError(f"a weight in {problem.weight} is infinite or NaN, which the packed layout cannot hold")
     if not torch.equal(scale.float().to(scale.dtype), scale):
         raise TargetError(f"scales in {scale.dtype} are not exact in f32")
-    return torch.cat([bits, as_bytes(by_panel(scales))], 1).flatten()
+    group = _group(problem)
+    grouped = pad_to(by_panel(weight.view(torch.uint8)).unflatten(2, (-1, group)), 3, _TOGETHER)
+    lines = grouped.unflatten(3, (-1, _TOGETHER)).permute(0, 2, 3, 1, 4).flatten(2)
+    scales = by_panel(scale.float().expand(problem.columns, problem.depth // group)).transpose(1, 2)
+    return torch.cat([as_bytes(scales.contiguous()).view(*lines.shape[:2], -1), lines], 2).flatten()
+
+
+def _group(problem: MatmulProblem) -> int:
+    """Neighbours along the depth that share a scale."""
+    return getattr(formats.parse(problem.weight), "group_size", None) or problem.depth
 
 
 def packed_bytes(problem: MatmulProblem) -> int:
@@ -76,7 +86,8 @@ def packed_bytes(problem: MatmulProblem) -> int:
         return panels * PANEL * (problem.depth + problem.depth % 2) * 2
     if problem.weight in _PLAIN:
         return panels * PANEL * problem.depth * _PLAIN[problem.weight].itemsize
-    return panels * (PANEL * problem.depth + PANEL * 4)
+    group = _group(problem)
+    return panels * PANEL * (problem.depth // group) * (-(-group // _TOGETHER) * _TOGETHER + 4)
 
 
 def scratch_bytes(problem: MatmulProblem, num_rows: int, num_workers: int) -> int:
@@ -94,9 +105,10 @@ def call(problem: MatmulProblem, args: Mapping[str, str], epilogue: str) -> str:
     Args: worker (irc::Worker&), x and its row `stride` in elements, packed (const uint8_t*), scratch (uint8_t*,
         may be nullptr for f32 activations).
     """
-    stored = problem.weight.split(".", 1)[0]
-    weight_type = C_TYPES.get(stored) or f"irc::{stored}"
-    return (
-        f"irc::float_linear<{weight_type}>({args['worker']}, {args['x']}, {args['stride']}, {args['packed']},"
-        f" {problem.rows}, {problem.columns}, {problem.depth}, {args['scratch']}, {epilogue});\n"
-    )
+    operands = f"{args['worker']}, {args['x']}, {args['stride']}, {args['packed']}"
+    sizes = f"{problem.rows}, {problem.columns}, {problem.depth}"
+    if problem.weight in _PLAIN:
+        function = f"float_linear<{C_TYPES[problem.weight]}>"
+    else:
+        function, sizes = f"scaled_linear<irc::{problem.weight.split('.', 1)[0]}>", f"{sizes}, {_group(problem)}"
+    return f"irc::{function}({operands}, {sizes}, {args['scratch']}, {epilogue});\n"

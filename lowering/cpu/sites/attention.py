@@ -108,7 +108,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     body = "    " + template.call(problem, args, epilogue).replace("\n", "\n    ").rstrip(" ")
     return PrintedFunction(
         call.name, tuple(str(origin) for origin in call.origins), tuple(parameters), body, tuple(arguments),
-        tuple(sorted(sizes, key=lambda s: s.name)), template.INCLUDES, scratch,
+        tuple(sorted(sizes, key=lambda s: s.name)), template.INCLUDES, scratch, seconds=1.2,
     )  # fmt: skip
 
 

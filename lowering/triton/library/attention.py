@@ -45,7 +45,9 @@ def run_of_tokens(sequence_ids, first, queries, GROUP: tl.constexpr, BM: tl.cons
     return tl.where(starts, end - first, 0), sequence
 
 
-@triton.jit
+# Sizes change from step to step: a kernel compiled once takes all of them (Triton would make others for 1 and for
+# multiples of 16, which loads gain nothing from: what lies side by side is said by the strides).
+@triton.jit(do_not_specialize=["batch", "kv_heads", "queries", "length", "bias_keys", "section", "table_stride"])
 def attend(
     out, query, keys, values, scratch, positions, bias, sinks, tables, sequence_ids,
     out_strides, query_strides, key_strides, value_strides, bias_strides, table_stride,
@@ -154,7 +156,7 @@ def attend(
         tl.store(states + slot * 2 + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "heads", "queries", "splits"])
 def combine(
     out, scratch, sinks, out_strides, batch, heads, queries, splits,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, NATURAL: tl.constexpr, SPLITS_PADDED: tl.constexpr,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,7 +29,8 @@ class StepWriter:
         options: of the target.
         pointer: the name of a buffer's tensor, one element after the other, in the step.
         weight: the name of a weight's tensor.
-        kernel: adds a kernel's text (with the name `NAME`), or finds an equal one; returns its name.
+        kernel: adds a kernel by the name wanted, comments and text (with the name `NAME`), or finds one of equal text;
+            returns its name.
         constant: adds a constant of the module, or finds an equal one; returns its name.
         imports: lines that the module begins with.
     """
@@ -38,7 +39,7 @@ class StepWriter:
     options: TritonOptions
     pointer: Callable[[Buffer], str]
     weight: Callable[[str], str]
-    kernel: Callable[[str, str], str]
+    kernel: Callable[[str, Sequence[str], str], str]
     constant: Callable[[str, str], str]
     imports: set[str] = field(default_factory=set)
 

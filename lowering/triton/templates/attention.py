@@ -294,9 +294,10 @@ def _wide(problem: AttentionProblem) -> int:
 
 
 def _shared(problem: AttentionProblem, rows: int, keys: int, flights: int) -> int:
-    """Bytes of shared memory of a program: queries, and blocks of keys and values in flight."""
+    """Bytes of shared memory of a program: queries, and blocks of keys, values and bias in flight."""
     width, value_width = _padded(problem.width), _padded(problem.value_width)
-    return (rows * width + flights * keys * (width + value_width)) * _BYTES[problem.product]
+    bias = 0 if problem.bias is None else rows * keys * _BYTES.get(problem.bias, 1)
+    return (rows * width + flights * keys * (width + value_width)) * _BYTES[problem.product] + flights * bias
 
 
 def _power_of_two(x: int) -> int:

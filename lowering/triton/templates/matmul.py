@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
-KINDS = ("tiles", "vector")
+Kind = Literal["tiles", "vector"]
+KINDS: tuple[Kind, ...] = ("tiles", "vector")
 
 # Bytes of a number in memory.
 WEIGHT_BYTES: Mapping[str, float] = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "int4": 0.5}
 SCALE_BYTES: Mapping[str, float] = {"f32": 4, "f16": 2, "bf16": 2}
-_CONSTANTS = {"tiles": ("BM", "BN", "BK", "SPLIT"), "vector": ("BN", "BK", "STAGES")}
+_CONSTANTS: Mapping[Kind, tuple[str, ...]] = {"tiles": ("BM", "BN", "BK", "SPLIT"), "vector": ("BN", "BK", "STAGES")}
 
 # What the choices are weighed with: an H100, per multiprocessor and clock.
 _BYTES_PER_CLOCK = 13.0  # of 3.0 TB/s
@@ -75,7 +76,7 @@ class Config:
     different parts of BK.
     """
 
-    kind: str
+    kind: Kind
     BM: int
     BN: int
     BK: int
@@ -118,12 +119,12 @@ def takes_vector(problem: MatmulProblem) -> bool:
     return problem.group & (problem.group - 1) == 0 and problem.group >= 32 // problem.bits
 
 
-def constants(kind: str) -> tuple[str, ...]:
+def constants(kind: Kind) -> tuple[str, ...]:
     """Names of the constexpr parameters of a kernel of that kind."""
     return _CONSTANTS[kind]
 
 
-def printed(problem: MatmulProblem, kind: str, precision: str = "tf32x3") -> list[str]:
+def printed(problem: MatmulProblem, kind: Kind, precision: str = "tf32x3") -> list[str]:
     """Lines that define m [BM, 1], n [1, BN] and acc f32[BM, BN] of a kernel.
 
     They read its pointers x (dense rows), weight, scale and zero (the last two only if the problem has them), the
@@ -133,7 +134,7 @@ def printed(problem: MatmulProblem, kind: str, precision: str = "tf32x3") -> lis
     height, sizes = ("BM", "BK, SPLIT") if kind == "tiles" else ("1", "BK, STAGES")
     numbers = f"m, n, M, {problem.columns}, {problem.depth}, {problem.depth}"
     exact = f", {precision!r}" if kind == "tiles" and problem.activation == "f32" else ""
-    function = {"tiles": "matmul.{}_tile", "vector": "matvec.{}_vector"}[kind]
+    function = "matmul.{}_tile" if kind == "tiles" else "matvec.{}_vector"
     if problem.bits is None:
         call = f"{function.format('float')}(x, weight, {numbers}, {sizes}{exact})"
     else:
@@ -251,11 +252,12 @@ def _tiles(problem: MatmulProblem) -> Iterator[Config]:
         depth = 128 if problem.group == 128 else 64
     for height in (32, 64, 128):
         for columns in (16, 32, 64, 128, 256):
-            # f32[BM, BN] lies in registers: 64 a thread with 8 warps at 128 x 128. The parts of f32 need as many again.
+            # f32[BM, BN] lies in registers: 64 a thread with 8 warps at 128 x 128. The parts of f32, and integers that
+            # become numbers, need as many again.
             area = height * columns
             if area > (64 * 128 if wide else 128 * 256) or area < 1024:
                 continue
-            warps = 8 if area >= (64 * 128 if wide else 128 * 128) else 4
+            warps = 8 if area >= (64 * 128 if wide or problem.bits is not None else 128 * 128) else 4
             stages = 4
             while stages > 2 and _shared(problem, height, columns, depth, stages) > _SHARED_BYTES:
                 stages -= 1

@@ -55,6 +55,10 @@ struct FloatProduct {
         }
         return reinterpret_cast<const uint8_t*>(ready.panel);
     }
+    // The same of a panel's neighbours from k on.
+    static const uint8_t* ready_at(const uint8_t* panel, int64_t k, int64_t length, Ready& memory) {
+        return ready(panel + Panel::bytes(k), length, memory);
+    }
     template <int which>
     static IRC_INLINE f32x16 columns_of(const uint8_t* panel) {
         if constexpr (widens) return load(reinterpret_cast<const float*>(panel) + 16 * which);

@@ -122,6 +122,13 @@ struct GatheredRows : DenseRows<typename Product::Row, Product::block + 16> {
     }
 };
 
+// H rows, each in its place.
+template <class Row, int H>
+struct RowPointers {
+    const Row* x[H];
+    IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
+};
+
 // Rows that are pixels as they lie, `distance` apart: of windows of one pixel without stride and padding.
 template <class Product>
 struct PixelRows {
@@ -147,13 +154,8 @@ struct PixelRows {
     PixelRows view() const { return *this; }
     int64_t length(int64_t) const { return piece; }
     template <int H>
-    struct Tile {
-        const Row* x[H];
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
-    };
-    template <int H>
-    IRC_INLINE Tile<H> tile(int64_t, int64_t row) const {
-        Tile<H> result;
+    IRC_INLINE RowPointers<Row, H> tile(int64_t, int64_t row) const {
+        RowPointers<Row, H> result;
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) result.x[m] = first_row + (row + m) * distance;
         return result;
@@ -168,13 +170,8 @@ struct RowPieces {
 
     int64_t length(int64_t) const { return piece; }
     template <int H>
-    struct Tile {
-        const Row* x[H];
-        IRC_INLINE const Row* at(int m, int64_t k) const { return x[m] + k; }
-    };
-    template <int H>
-    IRC_INLINE Tile<H> tile(int64_t p, int64_t first) const {
-        Tile<H> result;
+    IRC_INLINE RowPointers<Row, H> tile(int64_t p, int64_t first) const {
+        RowPointers<Row, H> result;
 #pragma GCC unroll 16
         for (int m = 0; m < H; ++m) result.x[m] = rows[p][first + m];
         return result;

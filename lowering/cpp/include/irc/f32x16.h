@@ -115,38 +115,6 @@ IRC_INLINE f32x16 load(const f16* p) { IRC_EACH(to_float(p[i])); }
 
 #endif
 
-// 8-bit floats by way of half floats. e4m3's bits lie in a half's with an exponent 8 too small; its NaN is not kept.
-#if defined(IRC_PLAIN)
-IRC_INLINE f32x16 load(const f8e4m3* p) {
-    f32x16 result;
-    for (int i = 0; i < 16; ++i) result.v[i] = to_float(p[i]);
-    return result;
-}
-IRC_INLINE f32x16 load(const f8e5m2* p) {
-    f32x16 result;
-    for (int i = 0; i < 16; ++i) result.v[i] = to_float(p[i]);
-    return result;
-}
-#else
-IRC_INLINE f32x16 from_halves(__m256i halves) {
-#if defined(IRC_AVX512)
-    return {_mm512_cvtph_ps(halves)};
-#else
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
-#endif
-}
-IRC_INLINE f32x16 load(const f8e4m3* p) {
-    const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    // Sign extension puts the sign where a half has it.
-    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(bits, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-    return mul(from_halves(halves), set1(256.0f));
-}
-IRC_INLINE f32x16 load(const f8e5m2* p) {
-    const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return from_halves(_mm256_slli_epi16(bits, 8));
-}
-#endif
-
 IRC_INLINE f32x16 load(const int8_t* p) {
 #if defined(IRC_AVX512)
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};

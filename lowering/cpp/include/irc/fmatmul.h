@@ -1,7 +1,7 @@
-// y[m, n] = sum over k of x[m, k] w[n, k] for weights stored as floats (f32, bf16, f16, f8e4m3, f8e5m2), summed in f32.
+// y[m, n] = sum over k of x[m, k] w[n, k] for weights stored as floats (f32, bf16, f16), summed in f32.
 //
 // Packed weights: panels of 16 rows, [depth][16]; bf16 in pairs along k, [depth / 2][16][2], the operand order of
-// AVX-512's dot product. 8-bit floats carry 16 scales at the end of a panel, applied to the finished sum.
+// AVX-512's dot product.
 //
 // Sums run in ascending order of k. Error at most (depth + 4) 2^-24 sum |x w|. With bf16 activations and bf16 weights AVX-512 sums pairs by vdpbf16ps,
 // whose products are exact and whose subnormals are zero.
@@ -125,22 +125,12 @@ inline void panels_times_floats(const float* x, const uint8_t* panel, int64_t si
     for (int p = 0; p < P; ++p) store(results + 16 * p, sums[p]);
 }
 
-// Scales of a panel of 8-bit floats, at its end.
-template <class Panel>
-IRC_INLINE f32x16 panel_scales(const uint8_t* panel, int64_t size) {
-    if constexpr (Panel::scaled) return load(reinterpret_cast<const float*>(panel + Panel::bytes(size) - 64));
-    return set1(1.0f);
-}
-
 template <class Panel, class Input, class Epilogue>
 inline void float_rows(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
                        int64_t num_columns, int64_t size, Epilogue& epilogue) {
     const int64_t panel_bytes = Panel::bytes(size);
-    const auto finish = [&](int64_t m, int64_t n0, int64_t n1, float* values) {
-        if constexpr (Panel::scaled)
-            for (int64_t n = n0; n < n1; n += 16)
-                store(values + n - n0, mul(load(values + n - n0), panel_scales<Panel>(packed + n / 16 * panel_bytes, size)));
-        epilogue(m, n0, n1, static_cast<const float*>(values));
+    const auto finish = [&](int64_t m, int64_t n0, int64_t n1, const float* values) {
+        epilogue(m, n0, n1, values);
     };
     if constexpr (sizeof(Input) == 4) {
         if (num_rows == 1) {

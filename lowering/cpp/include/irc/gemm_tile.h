@@ -25,9 +25,8 @@ constexpr int64_t gemm_rows = 96, gemm_columns = 128, gemm_piece = 32;
 template <class Stored>
 struct FloatPanel {
     static constexpr int64_t step = 1;
-    static constexpr bool scaled = sizeof(Stored) == 1;
     static int64_t depth(int64_t size) { return size; }
-    static int64_t bytes(int64_t size) { return size * 16 * static_cast<int64_t>(sizeof(Stored)) + (scaled ? 64 : 0); }
+    static int64_t bytes(int64_t size) { return size * 16 * static_cast<int64_t>(sizeof(Stored)); }
     static const uint8_t* at(const uint8_t* panel, int64_t k) { return panel + k * 16 * static_cast<int64_t>(sizeof(Stored)); }
     template <int which>
     static f32x16 columns(const uint8_t* p) {
@@ -38,7 +37,6 @@ struct FloatPanel {
 template <>
 struct FloatPanel<bf16> {
     static constexpr int64_t step = 2;
-    static constexpr bool scaled = false;
     static int64_t depth(int64_t size) { return round_up(size, 2); }
     static int64_t bytes(int64_t size) { return depth(size) * 32; }
     static const uint8_t* at(const uint8_t* panel, int64_t k) { return panel + k * 32; }

@@ -16,9 +16,9 @@ inline void float_linear(Worker& worker, const Input* x, int64_t stride, const u
 #else
     constexpr bool pairs = false;
 #endif
-    if constexpr (!FloatPanel<Stored>::scaled && !pairs) {
+    if constexpr (!pairs) {
         if (num_rows >= packing_pays) {
-            linear_rows_product<Stored>(worker, x, stride, packed, num_rows, num_columns, size, epilogue);
+            linear_rows_product(worker, FloatProduct<Stored>{}, x, stride, packed, num_rows, num_columns, size, epilogue);
             return;
         }
     }

@@ -85,10 +85,11 @@ inline void pack_tile(const Input* x, int64_t stride, int64_t length, int64_t pa
 template <class Product, class Input, class Epilogue>
 class LinearBlock {
 public:
-    LinearBlock(LinearMemory& memory, const Input* x, int64_t stride, const uint8_t* packed, int64_t m0, int64_t count,
-                int64_t n0, int64_t n1, int64_t size, Epilogue& epilogue)
+    LinearBlock(LinearMemory& memory, const Product& product, const Input* x, int64_t stride, const uint8_t* packed, int64_t m0,
+                int64_t count, int64_t n0, int64_t n1, int64_t size, Epilogue& epilogue)
         : x_(x + m0 * stride), stride_(stride), packed_(packed), m0_(m0), count_(count), n0_(n0), n1_(n1), size_(size),
-          tiles_(ceil_div(count, Product::height)), memory_(memory), epilogue_(epilogue) {}
+          tiles_(ceil_div(count, Product::height)), memory_(memory), epilogue_(epilogue),
+          product_(product) {}
 
     void run() {
         for (int64_t k = 0; k < size_; k += gemm_depth) {
@@ -99,11 +100,10 @@ public:
             for_heights([&](auto h, int64_t begin, int64_t end) { pack_rows<decltype(h)::value>(k, begin, end); });
             for (int64_t n = n0_, panels; n < n1_; n += 16 * panels) {
                 panels = panels_at(n);
-                const uint8_t* panel = packed_ + n / 16 * Product::panel_bytes(size_) + Product::panel_bytes(k);
                 if (panels == 1)
-                    multiply_panels<1>(panel, n);
+                    multiply_panels<1>(k, n);
                 else
-                    multiply_panels<Product::panels>(panel, n);
+                    multiply_panels<Product::panels>(k, n);
             }
         }
     }
@@ -130,11 +130,12 @@ private:
     }
 
     template <int P>
-    void multiply_panels(const uint8_t* panel, int64_t n) {
-        const int64_t panel_bytes = Product::panel_bytes(size_), ahead = P * Product::panel_bytes(length_) / tiles_;
+    void multiply_panels(int64_t k, int64_t n) {
+        const int64_t panel_bytes = product_.panel_bytes(size_), ahead = P * product_.panel_bytes(length_) / tiles_;
         const int64_t group = n0_ + (n - n0_) / linear_group * linear_group, group_end = min_of(n1_, group + linear_group);
         const bool finishes = last_ && n + 16 * P >= group_end;
-        const uint8_t *weights = product_.ready(panel, length_, ready_), *next = panel + P * panel_bytes;
+        const uint8_t* panel = packed_ + n / 16 * panel_bytes;
+        const uint8_t *weights = product_.ready_at(panel, k, length_, ready_), *next = panel + P * panel_bytes + product_.panel_bytes(k);
         for_heights([&](auto h, int64_t begin, int64_t end) {
             constexpr int H = decltype(h)::value;
             for (int64_t row = begin; row < end; row += H, next += ahead) {
@@ -178,16 +179,17 @@ private:
     const int64_t m0_, count_, n0_, n1_, size_, tiles_;
     LinearMemory& memory_;
     Epilogue& epilogue_;
-    const Product product_{};
+    const Product product_;
     typename Product::Ready ready_;
     int64_t length_ = 0, padded_ = 0;
     bool first_ = true, last_ = false;
 };
 
 // All workers call it; results are complete after the next barrier.
-template <class Stored, class Input, class Epilogue>
-inline void linear_rows_product(Worker& worker, const Input* x, int64_t stride, const uint8_t* packed, int64_t num_rows,
-                                int64_t num_columns, int64_t size, Epilogue& epilogue) {
+template <class Product, class Input, class Epilogue>
+inline void linear_rows_product(Worker& worker, const Product& product, const Input* x, int64_t stride,
+                                const uint8_t* packed, int64_t num_rows, int64_t num_columns, int64_t size,
+                                Epilogue& epilogue) {
     // Narrower blocks, then lower ones, where whole ones cannot be shared evenly.
     int64_t width = linear_columns, height = linear_rows;
     const auto row_blocks = [&] { return ceil_div(num_rows, height); };
@@ -201,8 +203,8 @@ inline void linear_rows_product(Worker& worker, const Input* x, int64_t stride, 
     for_chunks(worker, blocks * column_blocks, [&](int64_t chunk) {
         const int64_t block = chunk / column_blocks, n0 = chunk % column_blocks * width;
         const int64_t m0 = num_rows * block / blocks, m1 = num_rows * (block + 1) / blocks;
-        LinearBlock<FloatProduct<Stored>, Input, Epilogue>(in_worker_memory<LinearMemory>(worker), x, stride, packed, m0,
-                                                           m1 - m0, n0, min_of(num_columns, n0 + width), size, epilogue)
+        LinearBlock<Product, Input, Epilogue>(in_worker_memory<LinearMemory>(worker), product, x, stride, packed, m0, m1 - m0,
+                                              n0, min_of(num_columns, n0 + width), size, epilogue)
             .run();
     });
 }
