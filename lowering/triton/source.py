@@ -6,8 +6,6 @@ import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import sympy
-
 from irc.core.program import Program
 from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
 from irc.lowering.kernels.fusion import Schedule
@@ -113,7 +111,7 @@ def _index(schedule: Schedule, dims: list[str]) -> str:
     counts: dict[str, None] = {}
     for step in schedule.steps:
         written, read = touched(step)
-        numels = [sympy.sympify(buffer.numel) for buffer in (*written, *read)]
+        numels = [buffer.numel for buffer in (*written, *read)]
         counts |= {size_text(n, {}): None for n in numels if n.free_symbols or n >= 1 << 31}
     largest = f"max(0, {', '.join(counts)})" if counts else "0"
     return "\n".join([
