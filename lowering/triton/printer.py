@@ -1,10 +1,10 @@
 """Kernels as Triton functions: rows of the outer axes are shared among programs, innermost loops run in lanes.
 
     @triton.jit
-    def k(out0, in0, in1, B, S):
-        i = tl.program_id(0) * 4 + tl.arange(0, 4)[:, None]     # rows
+    def k(out0, in0, in1, B, S, INDEX: tl.constexpr):
+        i = tl.program_id(0).to(INDEX) * 4 + tl.arange(0, 4)[:, None]     # rows
         ...
-        j0 = tl.arange(0, 256)[None, :]                         # lanes
+        j0 = tl.arange(0, 256)[None, :]                                   # lanes
 
 Elementwise kernels have no lanes of their own: all axes together are the rows, a block of them a program. Names are
 positional, so that kernels that do the same for other layers come out as the same text.
@@ -34,6 +34,10 @@ _ELEMENTS = 2048
 """Elements of rows times lanes that a program has at most where rows are short."""
 
 
+INDEX = "INDEX"
+"""Type of indices: 64 bits where a tensor has 2^31 elements, which depends on the sizes of a call."""
+
+
 @dataclass(frozen=True)
 class PrintedKernel:
     """A Triton function and how it is launched.
@@ -60,13 +64,19 @@ class PrintedKernel:
 
     def text(self, name: str) -> str:
         """The whole function under a name, without the comment."""
-        parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes)))
-        return f"@triton.jit\ndef {name}({parameters}):\n{self.body}"
+        parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes), f"{INDEX}: tl.constexpr"))
+        return f"@triton.jit\ndef {name}({parameters}):\n{wide_sizes(self.sizes)}{self.body}"
 
     def call(self, name: str, arguments: Sequence[str]) -> str:
         """The launch, as a line of the step."""
-        given = ", ".join((*arguments, *(size.name for size in self.sizes), f"num_warps={self.warps}"))
+        sizes = (size.name for size in self.sizes)
+        given = ", ".join((*arguments, *sizes, f"{INDEX}={INDEX.lower()}", f"num_warps={self.warps}"))
         return f"{name}[({self.grid},)]({given})"
+
+
+def wide_sizes(sizes: Sequence[sympy.Symbol]) -> str:
+    """Lines that give sizes the type of indices."""
+    return "".join(f"    {size.name} = tl.cast({size.name}, {INDEX})\n" for size in sizes)
 
 
 def print_kernel(kernel: Kernel) -> PrintedKernel:
@@ -99,6 +109,7 @@ def print_epilogue(kernel: Kernel, columns: int) -> PrintedEpilogue:
         body = body[0].body
     assert len(inner) <= 1, "an epilogue has its columns along one axis"
     out, names = Lines(1), printer.names
+    out.add(f"m = m.to({INDEX})")
     if len(outer) == 1:
         names[outer[0].symbol] = "m"
     elif outer:
@@ -141,7 +152,7 @@ class _Printer:
         for axes, _ in nests:
             total = size_text(sympy.prod([axis.extent for axis in axes]), {})
             totals.append((total, f"cdiv({total}, {BLOCK})"))
-        out.add("pid = tl.program_id(0)")
+        out.add(f"pid = tl.program_id(0).to({INDEX})")
         for number, (_, blocks) in enumerate(totals[:-1]):
             out.add(f"end{number} = {f'end{number - 1} + ' if number else ''}tl.{blocks}")
         for number, (axes, body) in enumerate(nests):
@@ -176,7 +187,7 @@ class _Printer:
             rows = min(BLOCK, next_power(int(total)))
         shape = Shape((rows, 1) if lanes else (rows,), lanes)
         suffix = "[:, None]" if lanes else ""
-        out.add(f"i = tl.program_id(0) * {rows} + tl.arange(0, {rows}){suffix}")
+        out.add(f"i = tl.program_id(0).to({INDEX}) * {rows} + tl.arange(0, {rows}){suffix}")
         masks = {}
         text = size_text(total, self.names)
         if rows > 1 and not (total.is_Integer and total % rows == 0):
