@@ -16,7 +16,7 @@ from irc.core.errors import OptionError, StorageError, TargetError
 from irc.core.folder import prepare, save
 from irc.core.kv_cache import KVCache
 from irc.core.paged import StepInputs
-from irc.core.program import Program
+from irc.core.program import VAL, Program
 from irc.core.target import Artifact, Coverage, Options, Target, count_ops, read_options, register_target
 from irc.lowering.reference.executable import build
 
@@ -164,9 +164,15 @@ def portable_passes(program: Program) -> list[Pass]:
     passes: list[Pass] = []
     if targets.intersection(_CONVOLUTIONS) and any("batch_norm" in str(target) for target in targets):
         passes.append(FoldConvBatchNorm())
-    if KVCache.of(program) is None and not InsertKVCache().requires(program):
+    if KVCache.of(program) is None and _takes_numbers_of_tokens(program) and not InsertKVCache().requires(program):
         passes.append(InsertKVCache())
     return passes
+
+
+def _takes_numbers_of_tokens(program: Program) -> bool:
+    """Whether a step over a cache can stand for the program: one over embeddings has to be asked for."""
+    values = [node.meta.get(VAL) for node in program.placeholders]
+    return all(isinstance(value, Tensor) and not value.is_floating_point() for value in values)
 
 
 __all__ = ["ReferenceArtifact", "ReferenceOptions", "ReferenceTarget", "portable_passes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,7 +51,7 @@ class TritonArtifact(Artifact):
             raise StorageError(f"the manifest of a triton artifact is damaged: {error!r}") from error
         super().__init__([name for name, _ in self.signature.inputs], kv_cache, notes)
         self.manifest, self.source, self.options = dict(manifest), source, options
-        self._stored, self._program, self._folder = dict(weights), program, folder
+        self.weights, self._program, self._folder = dict(weights), program, folder
         self._loaded: _Loaded | None = None
         self._graphs: dict[Any, GraphStep] = {}
 
@@ -67,7 +68,7 @@ class TritonArtifact(Artifact):
 
     @property
     def weight_bytes(self) -> int:
-        return sum(w.numel() * w.element_size() for w in self._stored.values())
+        return sum(w.numel() * w.element_size() for w in self.weights.values())
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +82,7 @@ class TritonArtifact(Artifact):
             TargetError: neither a GPU nor the interpreter is there.
         """
         if self._loaded is None:
-            self._loaded = _Loaded(self.source, self._stored, usable_device(self.options.device))
+            self._loaded = _Loaded(self.source, self.weights, usable_device(self.options.device))
         return self._loaded
 
     # ------------------------------------------------------------ running
@@ -135,12 +136,12 @@ class TritonArtifact(Artifact):
             raise OptionError(f"caches must be dense and on {device}: take them from new_caches or new_pages")
         in_place = self.signature.in_place == [None, *range(len(inputs), len(inputs) + len(caches))]
         if in_place and self.options.graphs and device.type == "cuda":
-            key = (*(tuple(x.shape) for x in inputs), *(cache.data_ptr() for cache in caches))
+            key = (*(x.shape for x in inputs), caches[0].shape, *(cache.data_ptr() for cache in caches))
             if key not in self._graphs:
                 if len(self._graphs) == MOST_GRAPHS:
                     self._graphs.clear()
-                self._graphs[key] = GraphStep(self.launch, caches)
-            return self._graphs[key].run(inputs).to(home)
+                self._graphs[key] = GraphStep(self.launch, self._ready().arena)
+            return self._graphs[key].run(inputs, caches).to(home)
         given = [x.to(device).contiguous() for x in inputs]
         logits, *caches[:] = self.launch([*given, *caches])
         return logits.to(home)
@@ -157,7 +158,7 @@ class TritonArtifact(Artifact):
             (work / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n")
             (work / SOURCE).write_text(self.source, encoding="utf-8")
             (work / GRAPH).write_text(str(self.program), encoding="utf-8")
-            safetensors.torch.save_file({k: v.contiguous() for k, v in self._stored.items()}, work / WEIGHTS)
+            safetensors.torch.save_file({name: _whole(w) for name, w in self.weights.items()}, work / WEIGHTS)
             work.chmod(0o755)
             if target.exists():
                 shutil.rmtree(target)
@@ -201,6 +202,12 @@ def _with_wide_tables(inputs: StepInputs) -> StepInputs:
     return replace(inputs, block_tables=torch.nn.functional.pad(inputs.block_tables, (0, missing)))
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """The weight, dense in memory of its own, as safetensors wants it."""
+    dense = weight.contiguous()
+    return dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+
+
 class _Loaded:
     """A program's module in this process, its weights on the device, and its arena."""
 
@@ -210,12 +217,17 @@ class _Loaded:
         self._weights = {name: weight.to(device).reshape(-1) for name, weight in weights.items()}
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
+    def arena(self) -> Tensor:
+        """The memory of temporary values, as it is now."""
+        return self._memory
+
     def step(self, inputs: Sequence[Tensor], outputs: Sequence[Any], sizes: Sequence[int]) -> None:
         """One step: `outputs` are written."""
         slots = self._module.arena(*sizes)
         if self._memory.numel() < slots[-1]:
             self._memory = torch.empty(slots[-1], dtype=torch.uint8, device=self.device)
-        with torch.inference_mode():
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with torch.inference_mode(), on_device:
             self._module.step(inputs, outputs, self._weights, self._memory, slots, *sizes)
 
 

@@ -12,29 +12,33 @@ Launch = Callable[[Sequence[Tensor]], list[Any]]
 
 
 class GraphStep:
-    """A step for inputs of fixed shapes, with caches that are written in place.
+    """A step for inputs of fixed shapes, with caches at fixed addresses that are written in place.
 
     The first call launches kernels one by one, which compiles them; the second one is captured, and from then on the
     capture is replayed. So a shape that comes once, as that of most prompts, costs no capture.
+
+    Caches are the caller's: they are not kept alive here, and others at the same addresses do as well.
     """
 
-    def __init__(self, launch: Launch, caches: Sequence[Tensor]) -> None:
-        self._launch, self._caches = launch, list(caches)
-        self._calls = 0
+    def __init__(self, launch: Launch, arena: Callable[[], Tensor]) -> None:
+        """`launch`: runs the step's kernels; `arena`: the memory that they have used for temporary values."""
+        self._launch, self._arena = launch, arena
+        self._called = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._logits: Tensor | None = None
+        self._memory: Tensor | None = None
 
-    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+    def run(self, inputs: Sequence[Tensor], caches: Sequence[Tensor]) -> Tensor:
         """The logits; caches are written."""
-        device = self._caches[0].device
+        device = caches[0].device
+        if not self._called:
+            self._called = True
+            given = [x.to(device).contiguous() for x in inputs]
+            logits: Tensor = self._launch([*given, *caches])[0]
+            return logits
         if self._graph is None:
-            self._calls += 1
-            if self._calls == 1:
-                given = [x.to(device).contiguous() for x in inputs]
-                logits: Tensor = self._launch([*given, *self._caches])[0]
-                return logits
-            self._capture(inputs, device)
+            self._capture(inputs, caches)
         else:
             for own, x in zip(self._inputs, inputs, strict=True):
                 own.copy_(x, non_blocking=True)
@@ -43,11 +47,14 @@ class GraphStep:
         self._graph.replay()
         return self._logits.clone()
 
-    def _capture(self, inputs: Sequence[Tensor], device: torch.device) -> None:
+    def _capture(self, inputs: Sequence[Tensor], caches: Sequence[Tensor]) -> None:
         """Record the launches, without running them."""
+        device = caches[0].device
         self._inputs = [x.to(device).contiguous().clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph):
-            self._logits = self._launch([*self._inputs, *self._caches])[0]
-        self._graph = graph
+        # Other threads (of a server, say) may go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._logits = self._launch([*self._inputs, *caches])[0]
+        # A larger step makes a new arena; the graph goes on with the one that it has seen.
+        self._graph, self._memory = graph, self._arena()

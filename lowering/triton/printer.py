@@ -1,10 +1,10 @@
 """Kernels as Triton functions: rows of the outer axes are shared among programs, innermost loops run in lanes.
 
     @triton.jit
-    def k(out0, in0, in1, B, S):
-        i = tl.program_id(0) * 4 + tl.arange(0, 4)[:, None]     # rows
+    def k(out0, in0, in1, B, S, INDEX: tl.constexpr):
+        i = tl.program_id(0).to(INDEX) * 4 + tl.arange(0, 4)[:, None]     # rows
         ...
-        j0 = tl.arange(0, 256)[None, :]                         # lanes
+        j0 = tl.arange(0, 256)[None, :]                                   # lanes
 
 Elementwise kernels have no lanes of their own: all axes together are the rows, a block of them a program. Names are
 positional, so that kernels that do the same for other layers come out as the same text.
@@ -21,17 +21,21 @@ from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Statement, Store, axes_of, statements, values_of
 from irc.lowering.kernels.printing import Lines
 from irc.lowering.kernels.sites import Memory
-from irc.lowering.kernels.values import Apply, walk
+from irc.lowering.kernels.values import Apply, loads, walk
 from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
 from irc.lowering.triton.lanes import joined
 from irc.lowering.triton.statements import DYNAMIC_LANES, LANES, MOST_LANES, ROWS, Body, Shape, next_power
 
-BLOCK = 1024
-"""Elements that a program of an elementwise kernel computes: with 4 warps, 8 a thread."""
+BLOCK = 512
+"""Elements that a program of an elementwise kernel computes: with 2 warps 8 a thread, which is 16 bytes of halves."""
 _LEAST_COLUMNS = 256
 """Columns of a result below which a tile may be wider than it."""
 _ELEMENTS = 2048
 """Elements of rows times lanes that a program has at most where rows are short."""
+
+
+INDEX = "INDEX"
+"""Type of indices: 64 bits where a tensor has 2^31 elements, which depends on the sizes of a call."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,19 @@ class PrintedKernel:
 
     def text(self, name: str) -> str:
         """The whole function under a name, without the comment."""
-        parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes)))
-        return f"@triton.jit\ndef {name}({parameters}):\n{self.body}"
+        parameters = ", ".join((*self.parameters, *(size.name for size in self.sizes), f"{INDEX}: tl.constexpr"))
+        return f"@triton.jit\ndef {name}({parameters}):\n{wide_sizes(self.sizes)}{self.body}"
 
     def call(self, name: str, arguments: Sequence[str]) -> str:
         """The launch, as a line of the step."""
-        given = ", ".join((*arguments, *(size.name for size in self.sizes), f"num_warps={self.warps}"))
+        sizes = (size.name for size in self.sizes)
+        given = ", ".join((*arguments, *sizes, f"{INDEX}={INDEX.lower()}", f"num_warps={self.warps}"))
         return f"{name}[({self.grid},)]({given})"
+
+
+def wide_sizes(sizes: Sequence[sympy.Symbol]) -> str:
+    """Lines that give sizes the type of indices."""
+    return "".join(f"    {size.name} = tl.cast({size.name}, {INDEX})\n" for size in sizes)
 
 
 def print_kernel(kernel: Kernel) -> PrintedKernel:
@@ -99,6 +109,7 @@ def print_epilogue(kernel: Kernel, columns: int) -> PrintedEpilogue:
         body = body[0].body
     assert len(inner) <= 1, "an epilogue has its columns along one axis"
     out, names = Lines(1), printer.names
+    out.add(f"m = m.to({INDEX})")
     if len(outer) == 1:
         names[outer[0].symbol] = "m"
     elif outer:
@@ -132,7 +143,39 @@ class _Printer:
         self.names |= {symbol: f"j{n}" for n, symbol in enumerate(dict.fromkeys(inner))}
 
     def printed(self) -> PrintedKernel:
-        kernel, out = self.kernel, Lines(1)
+        nests = _independent(self.kernel)
+        return self._side_by_side(nests) if nests else self._rows()
+
+    def _side_by_side(self, nests: Sequence[tuple[list[Axis], tuple[Statement, ...]]]) -> PrintedKernel:
+        """Each nest of loops has programs of its own: done one after the other, a token's heads would wait in turn."""
+        out, totals, counter = Lines(1), [], [0]
+        for axes, _ in nests:
+            total = size_text(sympy.prod([axis.extent for axis in axes]), {})
+            totals.append((total, f"cdiv({total}, {BLOCK})"))
+        out.add(f"pid = tl.program_id(0).to({INDEX})")
+        for number, (_, blocks) in enumerate(totals[:-1]):
+            out.add(f"end{number} = {f'end{number - 1} + ' if number else ''}tl.{blocks}")
+        for number, (axes, body) in enumerate(nests):
+            self.outer, total = axes, totals[number][0]
+            names = {axis.symbol: f"i{n}" for n, axis in enumerate(axes)}
+            self.names |= names if len(axes) > 1 else dict.fromkeys(names, "i")
+            first, last = number == 0, number == len(nests) - 1
+            out.add("else:" if last else f"{'if' if first else 'elif'} pid < end{number}:")
+            out.depth += 1
+            out.add(f"i = {f'(pid - end{number - 1})' if number else 'pid'} * {BLOCK} + tl.arange(0, {BLOCK})")
+            out.add(f"exists = i < {total}")
+            self.decompose(out)
+            symbols = frozenset(axis.symbol for axis in axes)
+            made = Body(self.pointers, self.names, out, Shape((BLOCK,), False), symbols, {ROWS: "exists"},
+                        {ROWS: "0 * i"})  # fmt: skip
+            made.counter = counter  # one name has one type, in all branches
+            made.statements(body)
+            out.depth -= 1
+        return self._made(out, " + ".join(f"triton.{blocks}" for _, blocks in totals), _warps(BLOCK))
+
+    def _rows(self) -> PrintedKernel:
+        """One kind of programs, which share the outer axes."""
+        out = Lines(1)
         total = sympy.sympify(sympy.prod([axis.extent for axis in self.outer]))
         lanes = _in_lanes(self.body, self.outer)
         if lanes:
@@ -144,7 +187,7 @@ class _Printer:
             rows = min(BLOCK, next_power(int(total)))
         shape = Shape((rows, 1) if lanes else (rows,), lanes)
         suffix = "[:, None]" if lanes else ""
-        out.add(f"i = tl.program_id(0) * {rows} + tl.arange(0, {rows}){suffix}")
+        out.add(f"i = tl.program_id(0).to({INDEX}) * {rows} + tl.arange(0, {rows}){suffix}")
         masks = {}
         text = size_text(total, self.names)
         if rows > 1 and not (total.is_Integer and total % rows == 0):
@@ -153,9 +196,12 @@ class _Printer:
         self.decompose(out)
         symbols = frozenset(axis.symbol for axis in self.outer)
         Body(self.pointers, self.names, out, shape, symbols, masks, {ROWS: "0 * i"}).statements(self.body)
-        warps = _warps(rows * max(width, 1))
-        comment = tuple(str(origin) for origin in kernel.origins)
         grid = f"triton.cdiv({text}, {rows})" if rows > 1 else text
+        return self._made(out, grid, _warps(rows * max(width, 1)))
+
+    def _made(self, out: Lines, grid: str, warps: int) -> PrintedKernel:
+        kernel = self.kernel
+        comment = tuple(str(origin) for origin in kernel.origins)
         return PrintedKernel(
             kernel.name, comment, tuple(self.pointers.values()), out.text(), tuple(self.pointers),
             tuple(s for s in kernel.sizes if s not in self.names), grid, warps,
@@ -191,6 +237,30 @@ def _flattened(kernel: Kernel) -> tuple[list[Axis], tuple[Statement, ...]]:
         outer.append(body[0].axis)
         body = body[0].body
     return outer, body
+
+
+def _independent(kernel: Kernel) -> list[tuple[list[Axis], tuple[Statement, ...]]]:
+    """(all axes, stores) of each nest of loops, if there are several, of stores alone, and none reads another's."""
+    nests: list[tuple[list[Axis], tuple[Statement, ...]]] = []
+    for statement in kernel.body:
+        axes, body = list(kernel.outer), (statement,)
+        while len(body) == 1 and isinstance(body[0], Loop) and body[0].axis.stop is None:
+            axes.append(body[0].axis)
+            body = body[0].body
+        if not axes or not all(isinstance(s, Store) for s in body):
+            return []
+        nests.append((axes, body))
+    touched = [(_touched(body)) for _, body in nests]
+    apart = all(not (written & read or written & also) for i, (written, _) in enumerate(touched)
+                for k, (also, read) in enumerate(touched) if i != k)  # fmt: skip
+    return nests if len(nests) > 1 and apart else []
+
+
+def _touched(body: Sequence[Statement]) -> tuple[set[Buffer], set[Buffer]]:
+    """(buffers written, buffers read) by stores."""
+    stores = [s for s in body if isinstance(s, Store)]
+    values = [v for s in stores for v in (s.offset, s.value, s.when) if v is not None]
+    return {s.buffer for s in stores}, {load.buffer for load in loads(*values)}
 
 
 def _in_lanes(body: Sequence[Statement], outer: Sequence[Axis]) -> bool:

@@ -10,11 +10,11 @@ from irc.core.program import Program
 from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
 from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
-from irc.lowering.kernels.memory import Plan
+from irc.lowering.kernels.memory import Plan, touched
 from irc.lowering.kernels.sites import Memory
 from irc.lowering.triton.expressions import size_text
 from irc.lowering.triton.options import TritonOptions
-from irc.lowering.triton.printer import print_kernel
+from irc.lowering.triton.printer import INDEX, print_kernel
 from irc.lowering.triton.sites import print_template
 from irc.lowering.triton.sites.registry import StepWriter
 
@@ -84,7 +84,7 @@ def print_program(program: Program, schedule: Schedule, plan: Plan, options: Tri
     dims = list(program.dims)
     text = _head(program, sorted(writer.imports)) + "".join(kernels.constants)
     text += "".join(f"\n\n{kernel}" for kernel in kernels.texts)
-    text += f"\n\n{_arena(plan, dims)}\n\n{_step(tensors.lines, lines, dims)}"
+    text += f"\n\n{_arena(plan, dims)}\n\n{_index(schedule, dims)}\n\n{_step(tensors.lines, lines, dims)}"
     return SourceText(text, len(kernels.texts), tensors.weights)
 
 
@@ -106,11 +106,26 @@ def _arena(plan: Plan, dims: list[str]) -> str:
     return "\n".join([*lines, "    return ends", ""])
 
 
+def _index(schedule: Schedule, dims: list[str]) -> str:
+    """A function of the sizes: the type of indices, by the largest tensor that a kernel touches."""
+    counts: dict[str, None] = {}
+    for step in schedule.steps:
+        written, read = touched(step)
+        numels = [buffer.numel for buffer in (*written, *read)]
+        counts |= {size_text(n, {}): None for n in numels if n.free_symbols or n >= 1 << 31}
+    largest = f"max(0, {', '.join(counts)})" if counts else "0"
+    return "\n".join([
+        f"def index_type({', '.join(dims)}):", '    """64 bits where a tensor has 2^31 elements."""',
+        f"    return tl.int32 if {largest} < 1 << 31 else tl.int64", "",
+    ])  # fmt: skip
+
+
 def _step(tensors: list[str], lines: list[str], dims: list[str]) -> str:
     arguments = ", ".join(["inputs", "outputs", "weights", "memory", "slots", *dims])
     head = f"def step({arguments}):\n"
     head += '    """One step: from inputs to outputs, with weights by name and an arena of bytes, `memory`."""\n'
-    return head + "".join(f"    {line}\n" for line in [*tensors, *lines])
+    lines = [f"{INDEX.lower()} = index_type({', '.join(dims)})", *tensors, *lines]
+    return head + "".join(f"    {line}\n" for line in lines)
 
 
 class _Tensors:
@@ -121,7 +136,8 @@ class _Tensors:
         self._schedule, self._plan = schedule, plan
         self._names: dict[Buffer, str] = {}
         self._taken = {"inputs", "outputs", "weights", "memory", "slots", "torch", "triton", "tl", "library",
-                       "attention", "matmul", "matvec", "products", "device_of", "config", "scratch",
+                       "attention", "matmul", "matvec", "products", "device_of", "config", "scratch", "index",
+                       "index_type",
                        *program.dims}  # fmt: skip
         self.lines: list[str] = []
         self.weights: list[str] = []
@@ -176,7 +192,7 @@ def identifier(name: str, taken: set[str]) -> str:
     """A Python name, unique among those taken."""
     text = "".join(c if c.isalnum() and c.isascii() else "_" for c in name)
     text = f"n{text}" if not text or text[0].isdigit() or text.startswith("_") else text
-    text = f"{text}_" if keyword.iskeyword(text) or text in ("max", "min", "arena", "step", "NAME") else text
+    text = f"{text}_" if keyword.iskeyword(text) or text in ("max", "min", "arena", "step", "NAME", "INDEX") else text
     chosen, count = text, 1
     while chosen in taken:
         chosen, count = f"{text}_{count}", count + 1

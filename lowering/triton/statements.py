@@ -172,6 +172,7 @@ class Body(Scope):
             value = self._keep(f"tl.broadcast_to({value}, {self.shape.text(self.width)})")
             position = self._keep(f"tl.broadcast_to({position}, {self.shape.text(self.width)})")
             wins = "library.first_of_largest" if op == "max" else "library.first_of_smallest"
+            wins += "" if kind in _FLOATS else "_integers"
             value, position = self._keep_two(f"{wins}({value}, {position})")
         better = f"({value} {'>' if op == 'max' else '<'} {name}_best)"
         if kind in _FLOATS:
@@ -251,7 +252,7 @@ class Body(Scope):
         inner = self.inside()
         inner.lanes, inner.width, inner.whole = loop.axis.symbol, width, whole
         inner.zeros[LANES] = f"0 * {name}"
-        if not (size.is_Integer and size % width == 0):
+        if not (size.is_Integer and size > 0 and size % width == 0):
             self.out.add(f"{name}_exists = {name} < {extent}")
             inner.masks[LANES] = f"{name}_exists"
         if stop is not None:

@@ -129,6 +129,21 @@ def test_inverted_residuals_stay_in_8_bits() -> None:
         assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()
 
 
+def test_values_that_are_next_to_nothing() -> None:
+    """Their scale has no reciprocal in f32, which results in integers are multiplied with."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight *= 1e-37
+        model[1].weight *= 1e36
+    x = torch.randn(1, 3, 8, 8)
+    ctx = irc.PassContext(options={"calibration": irc.CalibrationData.of([(x,)])})
+    program = irc.PassManager(PASSES % 7, verify="off", ctx=ctx).run(capture(model, (x,))).program
+    assert [call.site.kind for call in _calls(program)] == ["int8_product"] * 2
+    (wanted,), (found,) = program.run(x), CPU.lower(program, QUICK).run(x)
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
 def test_an_image_is_quantized_in_lanes_of_pixels() -> None:
     """Its three channels lie apart: a loop over them around pieces of rows."""
     torch.manual_seed(4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import irc
 from irc.core.errors import OptionError, TargetError
 from irc.core.target import get_target
 from tests.lowering import steps
@@ -77,6 +79,18 @@ def test_default_passes_fit_the_program() -> None:
     assert [p.name for p in REFERENCE.default_passes(steps.decoder())] == ["insert-kv-cache"]
     assert [p.name for p in REFERENCE.default_passes(steps.cnn())] == ["fold-conv-batch-norm"]
     assert REFERENCE.default_passes(steps.step()) == []
+
+
+def test_attention_over_embeddings_gets_no_cache_by_default() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.view(x.shape[0], x.shape[1], 2, 16).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).reshape(x.shape)
+
+    x = torch.randn(2, 5, 32)
+    compiled = irc.compile(Attention(), example_inputs=x, dynamic=({0: "B", 1: "S"},))
+    assert compiled.artifact.kv_cache is None
+    torch.testing.assert_close(compiled(x), Attention()(x))
 
 
 def test_saved_and_loaded(tmp_path) -> None:

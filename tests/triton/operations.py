@@ -30,7 +30,8 @@ class Table(nn.Module):
 def run(functions: Sequence[Function], inputs: Sequence[Tensor], *, others: Sequence[Tensor] | None = None,
         dynamic: tuple[dict[int, str], ...] | None = None) -> list[Tensor]:  # fmt: skip
     """What target `triton` makes of the functions: captured with `inputs`, run on `others` (default: the same)."""
-    program = capture(Table(functions), tuple(inputs), dynamic=dynamic, name="operations")
+    sizes = dynamic or tuple({} for _ in inputs)
+    program = capture(Table(functions), tuple(inputs), dynamic=(sizes,), name="operations")
     coverage = get_target("triton").check(program)
     assert coverage.complete, str(coverage)
     assert not coverage.fallbacks, str(coverage)

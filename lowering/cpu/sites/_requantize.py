@@ -25,6 +25,7 @@ from irc.lowering.kernels.kernel import Loop, Store
 from irc.lowering.kernels.sites import TemplateCall
 from irc.lowering.kernels.values import Apply, Literal, Load, Local, Value
 
+_LARGEST = torch.finfo(torch.float32).max
 _C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t"}
 
 
@@ -83,8 +84,8 @@ class Requantization:
                 return None
         inner, least, most = _bounds(real)
         terms = reader.terms(inner)
-        if scale is None or not scale > 0 or terms is None:
-            return None
+        if scale is None or not scale > 0 or terms is None or not terms.added_scale / scale <= _LARGEST:
+            return None  # of values that are next to nothing: what divides by their scale leaves f32
         # As the program rounds them: in f32.
         ends = (torch.tensor([least, most]) / torch.tensor(scale)).round() + zero
         first, last = ends.clamp(int(low), int(high)).tolist()

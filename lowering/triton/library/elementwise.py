@@ -57,8 +57,10 @@ def sign(x):
 def _negative(x):
     """Whether a float has the sign, -0.0 included."""
     if x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True) < 0
-    return x.to(tl.int32, bitcast=True) < 0
+        sign_bit = x.to(tl.int64, bitcast=True) < 0
+    else:
+        sign_bit = x.to(tl.int32, bitcast=True) < 0
+    return sign_bit
 
 
 @triton.jit
@@ -333,28 +335,41 @@ def product_of(a, b):
 
 
 @triton.jit
-def _larger_first(a, i, b, k):
-    # A NaN beats every number, and of two equals the first position wins.
-    takes = (a > b) | ((a != a) & (b == b)) | (((a == b) | ((a != a) & (b != b))) & (i < k))
-    return tl.where(takes, a, b), tl.where(takes, i, k)
-
-
-@triton.jit
-def _smaller_first(a, i, b, k):
-    takes = (a < b) | ((a != a) & (b == b)) | (((a == b) | ((a != a) & (b != b))) & (i < k))
-    return tl.where(takes, a, b), tl.where(takes, i, k)
+def _first_of(values, positions, best):
+    """(best of each row, or its NaN; where that stands first)."""
+    unknown = values != values
+    any_unknown = tl.max(unknown.to(tl.int32), axis=1, keep_dims=True) != 0
+    wanted = tl.where(any_unknown, unknown, values == best)
+    first = tl.min(tl.where(wanted, positions, 0x7FFFFFFFFFFFFFFF), axis=1, keep_dims=True)
+    return tl.where(any_unknown, tl.cast(float("nan"), values.dtype), best), first
 
 
 @triton.jit
 def first_of_largest(values, positions):
     """(largest of each row [ROWS, 1], its first position); a NaN is larger than any number."""
-    return tl.reduce((values, positions), 1, _larger_first, keep_dims=True)
+    known = tl.where(values != values, tl.cast(float("-inf"), values.dtype), values)
+    return _first_of(values, positions, tl.max(known, axis=1, keep_dims=True))
 
 
 @triton.jit
 def first_of_smallest(values, positions):
     """(smallest of each row [ROWS, 1], its first position); a NaN is smaller than any number."""
-    return tl.reduce((values, positions), 1, _smaller_first, keep_dims=True)
+    known = tl.where(values != values, tl.cast(float("inf"), values.dtype), values)
+    return _first_of(values, positions, tl.min(known, axis=1, keep_dims=True))
+
+
+@triton.jit
+def first_of_largest_integers(values, positions):
+    """(largest of each row [ROWS, 1], its first position)."""
+    best = tl.max(values, axis=1, keep_dims=True)
+    return best, tl.min(tl.where(values == best, positions, 0x7FFFFFFFFFFFFFFF), axis=1, keep_dims=True)
+
+
+@triton.jit
+def first_of_smallest_integers(values, positions):
+    """(smallest of each row [ROWS, 1], its first position)."""
+    best = tl.min(values, axis=1, keep_dims=True)
+    return best, tl.min(tl.where(values == best, positions, 0x7FFFFFFFFFFFFFFF), axis=1, keep_dims=True)
 
 
 if interpreting():

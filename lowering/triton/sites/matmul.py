@@ -13,7 +13,7 @@ from irc.lowering.kernels.definitions import Definer
 from irc.lowering.kernels.layers import Linear, constant, dequantized_parts, rows_of
 from irc.lowering.kernels.sites import Site, TemplateCall
 from irc.lowering.triton.options import TritonOptions
-from irc.lowering.triton.printer import PrintedEpilogue, print_epilogue
+from irc.lowering.triton.printer import INDEX, PrintedEpilogue, print_epilogue, wide_sizes
 from irc.lowering.triton.sites.registry import SiteKind, StepWriter, register_site
 from irc.lowering.triton.templates import matmul as template
 from irc.lowering.triton.templates.matmul import MatmulProblem
@@ -82,7 +82,7 @@ def emit(call: TemplateCall, writer: StepWriter) -> list[str]:
              for kind in kinds}  # fmt: skip
     writer.imports.update(_IMPORTS)
     given = [*map(writer.argument, epilogue.arguments), writer.dense(memory), *weights, rows,
-             *(size.name for size in epilogue.sizes)]  # fmt: skip
+             *(size.name for size in epilogue.sizes), INDEX.lower()]  # fmt: skip
     kernels = "{" + ", ".join(f"{kind!r}: {name}" for kind, name in names.items()) + "}"
     return [
         f"config = products.choose({constant_name}, {rows}, device_of(memory.device).multiprocessors)",
@@ -103,9 +103,9 @@ def _kernel(problem: MatmulProblem, epilogue: PrintedEpilogue, kind: template.Ki
     if problem.bits is not None:
         operands += ["scale", *(["zero"] if problem.asymmetric else [])]
     parameters = [*epilogue.parameters, *operands, "M", *(size.name for size in epilogue.sizes)]
-    parameters += [f"{name}: tl.constexpr" for name in template.constants(kind)]
+    parameters += [f"{name}: tl.constexpr" for name in (INDEX, *template.constants(kind))]
     body = "".join(f"    {line}\n" for line in template.printed(problem, kind, options.float32))
-    return f"@triton.jit\ndef NAME({', '.join(parameters)}):\n{body}{epilogue.body}"
+    return f"@triton.jit\ndef NAME({', '.join(parameters)}):\n{wide_sizes(epilogue.sizes)}{body}{epilogue.body}"
 
 
 register_site(SiteKind("matmul", match, emit, order=1))
