@@ -38,7 +38,7 @@ class Buffer:
 
     @property
     def numel(self) -> sympy.Expr:
-        return sympy.prod(self.shape)
+        return sympy.Mul(*self.shape)
 
     @property
     def num_bytes(self) -> sympy.Expr:

@@ -12,7 +12,7 @@ from irc.core.program import VAL, Program, dtype_name
 from irc.core.target import Concern, Coverage, op_name
 from irc.lowering.kernels.buffers import ITEM_BYTES
 from irc.lowering.kernels.definitions import Call, Definer, definition_of
-from irc.lowering.kernels.sites import Matcher, first_match
+from irc.lowering.kernels.sites import Matcher, Site, first_match
 from irc.lowering.kernels.stored import WRITES
 
 
@@ -25,7 +25,7 @@ def check(target: str, program: Program, matchers: Sequence[Matcher]) -> Coverag
     fallbacks: Counter[tuple[str, str]] = Counter()
     for node in program.operations():
         reason = _why_not(program, definer, node)
-        if reason is not None and not _constant(node):
+        if reason is not None and not _constant(node) and not templates_of(node, definer, matchers):
             refused[op_name(node), reason] += 1
             continue
         supported[op_name(node)] += 1
@@ -43,6 +43,16 @@ def check(target: str, program: Program, matchers: Sequence[Matcher]) -> Coverag
         elif (reason := _why_not_type(value)) is not None:
             coverage.refused.append(Concern("input", 1, f"{node.target} has {reason}"))
     return coverage
+
+
+def templates_of(node: fx.Node, definer: Definer, matchers: Sequence[Matcher]) -> list[Site]:
+    """The sites that compute a node; of one with several results, those of all of them, or none."""
+    value = node.meta.get(VAL)
+    if not isinstance(value, (tuple, list)):
+        found = first_match(matchers, definer, node)
+        return [] if found is None else [found]
+    sites = [first_match(matchers, definer, user) for user in node.users]
+    return [] if None in sites else [site for site in sites if site is not None]
 
 
 def _constant(node: fx.Node) -> bool:

@@ -160,6 +160,8 @@ def _size(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
     if expr.is_Float or expr.is_Rational:
         return repr(float(expr))
     args = [_size(a, names) for a in _ordered(expr)]
+    if kind in ("Pow", "PowByNatural") and expr.args[1].is_Integer and expr.args[1] > 0:
+        return f"({' * '.join([args[0]] * int(expr.args[1]))})"
     if kind in _EXPRESSIONS:
         return _EXPRESSIONS[kind](args)
     raise TargetError(f"the Triton printer has no size expression {kind} ({expr})")

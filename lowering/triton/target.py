@@ -16,7 +16,6 @@ from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.memory import plan_memory
 from irc.lowering.kernels.prepare import fold_constants
 from irc.lowering.kernels.signature import signature_of
-from irc.lowering.kernels.sites import first_match
 from irc.lowering.reference.target import portable_passes
 from irc.lowering.triton.artifact import FORMAT, TritonArtifact
 from irc.lowering.triton.module import installed
@@ -85,9 +84,9 @@ def _check(program: Program, options: TritonOptions) -> Coverage:
     definer = Definer(program)
     theirs: Counter[tuple[str, str]] = Counter()
     for node in program.operations():
-        site = first_match(found, definer, node)
-        if site is not None and fallback_of(site):
-            theirs[op_name(node), fallback_of(site)] += 1
+        reasons = [fallback_of(site) for site in kernels.templates_of(node, definer, found)]
+        if any(reasons):
+            theirs[op_name(node), next(filter(None, reasons))] += 1
     coverage.fallbacks += [Concern(op, count, reason) for (op, reason), count in theirs.items()]
     return coverage
 

@@ -43,6 +43,10 @@ CASES = (
     (ConvProblem(channels=300, out_channels=40, kernel=(1, 1), activation="bf16", weight="bf16"), 9, 11),
     (ConvProblem(channels=66, out_channels=21, kernel=(3, 3), padding=(1, 1), weight="bf16"), 7, 6),
     (ConvProblem(channels=600, out_channels=42, kernel=(1, 1), groups=2), 9, 11),
+    # Narrow groups.
+    (ConvProblem(channels=80, out_channels=80, kernel=(3, 3), stride=(1, 2), padding=(1, 1), groups=20), 7, 13),
+    (ConvProblem(channels=48, out_channels=48, kernel=(2, 5), padding=(2, 3), groups=6, activation="bf16"), 5, 9),
+    (ConvProblem(channels=32, out_channels=32, kernel=(3, 1), stride=(2, 1), groups=8, activation="f16"), 6, 3),
 )
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

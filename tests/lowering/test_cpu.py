@@ -51,6 +51,17 @@ def test_attention_reads_caches_in_half_floats_as_they_lie() -> None:
     assert check.passed, str(check)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_convolutions_keep_halves_in_memory(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(1024, 2048, 1).to(dtype).eval()
+    program = capture(model, (torch.randn(1, 1024, 3, 5).to(dtype),), dynamic=({0: "B"},))
+    artifact = CPU.lower(program, dict(QUICK))
+    assert artifact.weight_bytes < 2.1 * model.weight.numel()
+    check = artifact.verify(program)
+    assert check.passed, str(check)
+
+
 def test_default_passes_merge_sibling_layers() -> None:
     names = [p.name for p in CPU.default_passes(steps.decoder())]
     assert names == ["merge-qkv", "merge-gate-up", "insert-kv-cache"]

@@ -18,7 +18,7 @@ from irc.core.errors import TargetError
 from irc.lowering.cpp.templates import float_matmul
 from irc.lowering.cpp.templates.base import C_TYPES, PANEL, MatmulProblem, as_bytes, pad_to, wrong_shape
 
-INCLUDES = ("irc/conv.h", "irc/winograd.h")
+INCLUDES = ("irc/conv.h", "irc/conv_groups.h", "irc/winograd.h")
 # Rows between two calls of the epilogue for the same columns: a tile, as C++ text.
 ROWS_AHEAD = "irc::gemm_height"
 # Channels that a unit of the packed weights of `winograd` holds, its places, and the largest product of both channels
@@ -26,7 +26,7 @@ ROWS_AHEAD = "irc::gemm_height"
 _GROUP, _PLACES, _MOST_CHANNELS = 64, 16, 1 << 17
 # Channels, tiles and outputs of a block: gemm_depth, winograd_rows and conv_group.
 _DEPTH, _TILES, _COLUMNS = 256, 48, 128
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,15 @@ class ConvProblem:
     def depthwise(self) -> bool:
         """Every channel is a group of its own."""
         return self.groups == self.channels == self.out_channels
+
+    @property
+    def narrow_groups(self) -> bool:
+        """Groups that `irc/conv_groups.h` is for."""
+        width = self.channels // self.groups
+        return (
+            self.groups > 1 and width in (4, 8) and self.channels == self.out_channels and self.channels % PANEL == 0
+            and max(self.kernel) <= 7 and max(self.stride) <= 2 and self.dilation == (1, 1)
+        )  # fmt: skip
 
     @property
     def product(self) -> MatmulProblem:
@@ -92,8 +101,9 @@ def winograd_pays(problem: ConvProblem) -> bool:
 
 
 def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
-    """w [O, C / groups, KH, KW] as the panels of each group, as bytes; depthwise as f32 [KH KW][channels]; for
-    `winograd` G w Gᵀ as f32 [O / 64][16 places][4][C][16].
+    """w [O, C / groups, KH, KW] as the panels of each group, as bytes; depthwise as f32 [KH KW][channels];
+    narrow groups as f32 [channels / 16][KH KW][C / groups][16]; for `winograd` G w Gᵀ as f32
+    [O / 64][16 places][4][C][16].
 
     Raises:
         TargetError: the weight does not fit the problem.
@@ -102,7 +112,7 @@ def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
     if reason:
         raise TargetError(f"conv2d cannot do {problem}: {reason}")
     wanted = (problem.out_channels, problem.channels // problem.groups, *problem.kernel)
-    if tuple(weight.shape) != wanted or weight.dtype != _DTYPES[problem.weight]:
+    if tuple(weight.shape) != wanted or weight.dtype != DTYPES[problem.weight]:
         raise wrong_shape("weight", f"{weight.dtype}{list(weight.shape)}", f"{problem.weight}{list(wanted)}")
     if problem.winograd:
         sides = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
@@ -111,6 +121,9 @@ def pack(problem: ConvProblem, weight: Tensor) -> Tensor:
         return as_bytes(panels.permute(0, 4, 1, 3, 2).flatten())
     if problem.depthwise:
         return as_bytes(pad_to(weight.float().flatten(1).t(), 1, PANEL).flatten())
+    if problem.narrow_groups:
+        vectors = weight.float().flatten(2).unflatten(0, (-1, PANEL))
+        return as_bytes(vectors.permute(0, 3, 2, 1).flatten())
     return torch.cat([float_matmul.pack(problem.product, rows) for rows in rows_of_groups(problem, weight)])
 
 
@@ -125,6 +138,8 @@ def packed_bytes(problem: ConvProblem) -> int:
         return -(-problem.out_channels // _GROUP) * _GROUP * problem.channels * _PLACES * 4
     if problem.depthwise:
         return problem.places * -(-problem.channels // PANEL) * PANEL * 4
+    if problem.narrow_groups:
+        return problem.places * problem.channels * 4
     return problem.groups * float_matmul.packed_bytes(problem.product)
 
 
@@ -145,6 +160,9 @@ def call(problem: ConvProblem, args: Mapping[str, str], epilogue: str) -> str:
     shape, sources = shape_text(problem, args), f"{args['x']}, {args['packed']}"
     if problem.winograd:
         return f"irc::winograd_conv2d({args['worker']}, {shape}, {sources}, {args['scratch']}, {epilogue});\n"
+    if problem.narrow_groups:
+        width = problem.channels // problem.groups
+        return f"irc::conv2d_groups<{width}>({args['worker']}, {shape}, {sources}, {epilogue});\n"
     return f"irc::conv2d<{C_TYPES[problem.weight]}>({args['worker']}, {shape}, {sources}, {epilogue});\n"
 
 

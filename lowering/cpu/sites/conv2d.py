@@ -20,18 +20,24 @@ from irc.lowering.kernels.definitions import Definer
 from irc.lowering.kernels.layers import constant
 from irc.lowering.kernels.sites import Site, TemplateCall
 
+# Numbers of a weight from which halves stay halves in memory: fetching them takes longer than widening them for each
+# block of pixels. Smaller ones are widened when they are packed.
+_LARGE = 1 << 21
+
 
 def match(options: CpuOptions, definer: Definer, node: fx.Node) -> Site | None:
     """The site of a convolution that the kernel can do, or None."""
     layer = Convolution.of(definer, node)
     if layer is None or not constant(layer.weight):
         return None
-    # Weights in halves are widened when they are packed: they are few, and are read again for each block of pixels.
+    stored = definer.dtype(layer.weight)
     problem = layer.problem(definer, activation=definer.dtype(layer.x), weight="f32")
-    if definer.dtype(layer.weight) not in C_TYPES or template.refuses(problem, "plain") is not None:
+    if stored not in C_TYPES or template.refuses(problem, "plain") is not None:
         return None
     if options.winograd and template.winograd_pays(problem):
         problem = replace(problem, winograd=True)
+    elif problem.places * problem.out_channels >= _LARGE and not problem.depthwise:
+        problem = replace(problem, weight=stored)
     return Site("conv2d", node, ((layer.x, "channels_last"),), problem, order=(0, 2, 3, 1), finish=layer.finish())
 
 
@@ -43,7 +49,8 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
     assert layer is not None
     kind = "3 × 3 filters" if problem.winograd else f"panels of {problem.groups} groups"
     name, weight = f"{layer.weight.target} as {kind}", program.weight(layer.weight).detach()
-    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight.float()))
+    kind = template.DTYPES[problem.weight]
+    weights.add_made(name, template.packed_bytes(problem), lambda _: template.pack(problem, weight.to(kind)))
     sizes: set[sympy.Symbol] = set()
     return convolution_function(
         call, template, conv_arguments(definer, call, sizes), input_type=C_TYPES[problem.activation],

@@ -24,6 +24,7 @@ from irc.lowering.triton.library.dequantize import (
     fields_of,
     load_packed,
     load_scales,
+    magic_bits,
     rounded,
     rows_of,
     unpack,
@@ -53,6 +54,7 @@ def _for_units(values, UNITS: tl.constexpr):
 @triton.jit
 def _unit_sums(
     packed,
+    magic,
     scales,
     zeros,
     a,
@@ -65,7 +67,7 @@ def _unit_sums(
     """f32[BN, UNITS]: Σ over each unit of (integer - zero) · scale · x. a: f32[1, UNITS, U]."""
     BN: tl.constexpr = packed.shape[0]
     UNITS: tl.constexpr = a.shape[1]
-    integers = tl.reshape(unpack(packed, BITS, FIELDS, SIGNED), (BN, UNITS, a.shape[2]))
+    integers = tl.reshape(unpack(packed, magic, BITS, FIELDS, SIGNED), (BN, UNITS, a.shape[2]))
     if zeros is not None:
         integers = integers - _for_units(zeros, UNITS)[:, :, None]
     factors = _for_units(scales, UNITS)
@@ -118,7 +120,7 @@ def integer_vector(
     UNITS: tl.constexpr = BK // min(128 // BITS, BK if GROUP == K else GROUP)
     DTYPE: tl.constexpr = x.dtype.element_ty
     tl.static_assert(GROUP == K or (GROUP & (GROUP - 1) == 0 and GROUP >= FIELDS), "groups do not consist of words")
-    rows = rows_of(n, N)
+    rows, magic = rows_of(n, N), magic_bits(weight)
     row_zeros = None
     if GROUP == K:
         row_scales = load_scales(scale, rows, 0, K, GROUP, BK, FIELDS)
@@ -129,12 +131,12 @@ def integer_vector(
         a = _load_x(x, m, start, K, x_stride, BK, UNITS, K % BK == 0)
         if GROUP == K:
             packed = load_packed(weight, rows, start, K, BK, BITS)
-            acc += _unit_sums(packed, row_scales, row_zeros, a, BITS, SIGNED, FIELDS, DTYPE, ROUND)
+            acc += _unit_sums(packed, magic, row_scales, row_zeros, a, BITS, SIGNED, FIELDS, DTYPE, ROUND)
         else:
             scales = load_scales(scale, rows, start, K, GROUP, BK, FIELDS)
             zeros = None
             if zero is not None:
                 zeros = load_scales(zero, rows, start, K, GROUP, BK, FIELDS)
             packed = load_packed(weight, rows, start, K, BK, BITS)
-            acc += _unit_sums(packed, scales, zeros, a, BITS, SIGNED, FIELDS, DTYPE, ROUND)
+            acc += _unit_sums(packed, magic, scales, zeros, a, BITS, SIGNED, FIELDS, DTYPE, ROUND)
     return tl.sum(acc, axis=1)[None, :]

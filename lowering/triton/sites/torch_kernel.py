@@ -1,10 +1,12 @@
-"""Products, convolutions and whatever else walks much memory for an element, by PyTorch's own kernels.
+"""Operations that PyTorch computes: products and convolutions that no template takes, and whatever has no definition.
 
-What no template takes would be printed as plain loops, which a GPU runs far below its speed.
+Products would be printed as plain loops, which a GPU runs far below its speed; what has no definition by element (a
+sort, the largest k) could not be printed at all. Either is reported as a fallback.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from irc.core.program import VAL
 from irc.core.target import op_name
-from irc.lowering.kernels.definitions import Call, Definer
+from irc.lowering.kernels.definitions import Call, Definer, definition_of
 from irc.lowering.kernels.sites import Site, TemplateCall
+from irc.lowering.kernels.stored import WRITES
 from irc.lowering.triton.expressions import STORAGE_TYPES
 from irc.lowering.triton.options import TritonOptions
 from irc.lowering.triton.sites.registry import SiteKind, StepWriter, register_site
@@ -25,37 +28,58 @@ _OPERATIONS = {
 
 
 def match(options: TritonOptions, definer: Definer, node: fx.Node) -> Site | None:
-    """The site of an operation that PyTorch computes, or None."""
-    if op_name(node) not in _OPERATIONS or definer.dtype(node) not in STORAGE_TYPES:
+    """The site of an operation that PyTorch computes, or of one of its results, or None."""
+    made, value = _operation(node), node.meta.get(VAL)
+    if made is None or not isinstance(value, Tensor) or value.is_complex():
         return None
-    call = Call(definer, node)
-    if any(isinstance(item, fx.Node) for value in call._arguments.values() for item in _items(value)
-           if isinstance(value, (list, tuple))):  # fmt: skip
+    if definer.dtype(node) not in STORAGE_TYPES or not _wanted(definer, node, made):
         return None
-    operands = [v for v in call._arguments.values() if isinstance(v, fx.Node) and isinstance(v.meta.get(VAL), Tensor)]
-    return Site("torch", node, tuple((operand, "rows") for operand in dict.fromkeys(operands)), op_name(node))
+    operands = [n for n in made.all_input_nodes if isinstance(n.meta.get(VAL), Tensor)]
+    if any(definer.dtype(n) not in STORAGE_TYPES for n in operands if not n.meta[VAL].is_complex()):
+        return None
+    if any(n.meta[VAL].is_complex() for n in operands):
+        return None
+    return Site("torch", node, tuple((operand, "rows") for operand in dict.fromkeys(operands)), op_name(made))
 
 
-def _items(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _operation(node: fx.Node) -> fx.Node | None:
+    """The operation that computes a node: its own, or that of which it is one result."""
+    source = node.args[0] if node.target is operator.getitem else node
+    functional = isinstance(source, fx.Node) and isinstance(source.target, torch._ops.OpOverload)
+    return source if functional and not source.target._schema.is_mutable else None  # type: ignore[union-attr,return-value]
+
+
+def _wanted(definer: Definer, node: fx.Node, made: fx.Node) -> bool:
+    definition = definition_of(node)
+    if op_name(made) in _OPERATIONS:
+        return True
+    if op_name(made) in WRITES:
+        return False
+    return definition is None or definition.refuses(Call(definer, node)) is not None
 
 
 def emit(call: TemplateCall, writer: StepWriter) -> list[str]:
     """The operation on tensors over the operands' memory, copied to the result's."""
     node = call.site.node
-    assert isinstance(node.target, torch._ops.OpOverload)
+    made = _operation(node)
+    assert made is not None
     memories = dict(zip((read for read, _ in call.site.reads), call.reads, strict=True))
 
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
-            return writer.strided(memories[value])
+            known = memories.get(value)
+            return writer.size(writer.program.expr(value.meta[VAL])) if known is None else writer.strided(known)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(text(v) for v in value)}]"
+        if isinstance(value, torch.device):
+            return "memory.device"
         return repr(value)
 
-    arguments = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
-    result = f"torch.ops.{node.target}({', '.join(arguments)})"
+    arguments = [text(a) for a in made.args] + [f"{k}={text(v)}" for k, v in made.kwargs.items()]
+    result = f"torch.ops.{made.target}({', '.join(arguments)})"
+    if made is not node:
+        result += f"[{node.args[1]}]"
     return [f"{writer.pointer(call.write)}.copy_({result}.reshape(-1))"]
 
 
-register_site(SiteKind("torch", match, emit, order=90, fallback="computed by PyTorch's kernel: no template takes it"))
+register_site(SiteKind("torch", match, emit, order=90, fallback="computed by PyTorch: no kernel takes it"))

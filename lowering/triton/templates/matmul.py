@@ -25,8 +25,10 @@ _CONSTANTS: Mapping[Kind, tuple[str, ...]] = {"tiles": ("BM", "BN", "BK", "SPLIT
 # What the choices are weighed with: an H100, per multiprocessor and clock.
 _BYTES_PER_CLOCK = 13.0  # of 3.0 TB/s
 _MACS_PER_CLOCK = {"f32": 170.0, "f16": 2048.0, "bf16": 2048.0}  # f32: three products of tf32
-_UNPACKED_PER_CLOCK = 20.0  # integers made into numbers: six instructions each
+_UNPACKED_PER_CLOCK = 24.0  # integers made into numbers: five instructions each
 _SHARED_BYTES = 160 << 10  # that a block may use; sm_80 has 163 KiB
+_MULTIPROCESSOR_BYTES = 220 << 10  # shared memory of a multiprocessor
+_LATENCY_CLOCKS = 1000.0  # from asking for bytes of the weight until they are there
 _FILL_CLOCKS = 2000.0  # until the first products of a tile, and for its end
 # Share of the peak that tiles reach: small ones read more of shared memory for each product.
 _EFFICIENCY = {16: 0.15, 32: 0.3, 64: 0.5, 128: 0.75, 256: 0.85}
@@ -182,17 +184,22 @@ def choose(problem: MatmulProblem, rows: int, multiprocessors: int = 132) -> Con
 def candidates(problem: MatmulProblem, rows: int, multiprocessors: int = 132) -> list[Config]:
     """Configurations worth measuring, the chosen one first."""
     found = [choose(problem, rows, multiprocessors)]
-    if rows == 1 and takes_vector(problem):
+    if rows <= 4 and takes_vector(problem):  # a block for each row, the weight from the L2 cache for all but one
         found += [
             Config(kind="vector", BM=1, BN=columns, BK=depth, num_warps=warps, num_stages=stages)
             for columns in (2, 4, 8, 16)
             for depth in {_depth(problem, 512), _depth(problem, 1024)}
             for warps in (2, 4, 8)
             for stages in (3, 5)
-            if columns >= warps // 2
+            if columns >= warps // 2 and columns * depth <= 128 * 32 * warps  # numbers a thread
         ]
     if rows <= 16:
-        found += [_few(problem, columns, split) for columns in (16, 32, 64, 128) for split in (1, 2, 4)]
+        found += [
+            _few(problem, columns, split, multiprocessors)
+            for columns in (16, 32, 64, 128)
+            for split in (1, 2, 4)
+            if columns * split >= 8 * 4  # each of 4 warps has an instruction's columns
+        ]
     else:
         found += sorted(_tiles(problem), key=lambda config: _clocks(problem, config, rows, multiprocessors))[:8]
     return list(dict.fromkeys(found))
@@ -228,36 +235,44 @@ def _few_rows(problem: MatmulProblem, multiprocessors: int) -> Config:
     The most columns a block that leave two blocks a multiprocessor, down to 16: x of 16 rows is as many bytes as 64
     rows of 4 bits.
     """
-    columns = 128
+    columns = 32 if problem.activation == "f32" else 128
     while columns > 16 and problem.columns < 2 * multiprocessors * columns:
         columns //= 2
-    return _few(problem, columns, 4 if columns <= 32 else 2)
+    return _few(problem, columns, 4 if columns <= 32 else 2, multiprocessors)
 
 
-def _few(problem: MatmulProblem, columns: int, split: int) -> Config:
-    """BK: 4 KiB of the weight a step, but each of the split's parts at least 32 deep; as many stages as fit."""
+def _few(problem: MatmulProblem, columns: int, split: int, multiprocessors: int) -> Config:
+    """BK: 4 KiB of the weight a step, but each of the split's parts at least 32 deep; up to 4 steps ahead.
+
+    A block that has a multiprocessor to itself may use all of its shared memory, others half.
+    """
     depth = int(4096 / columns / WEIGHT_BYTES[problem.weight])
     depth = min(max(depth, 32 * split, 64), 512)
+    if problem.activation == "f32":  # each number is taken apart in registers: 16 a thread
+        depth = max(min(depth, 2048 // columns), 16 * split)
+    alone = problem.columns <= multiprocessors * columns
     stages = 5
-    while stages > 2 and _shared(problem, 16, columns, depth, stages) > _SHARED_BYTES // 2:
+    while stages > 2 and _shared(problem, 16, columns, depth, stages) > _SHARED_BYTES // (1 if alone else 2):
         stages -= 1
     return Config(kind="tiles", BM=16, BN=columns, BK=depth, SPLIT=split, num_warps=4, num_stages=stages)
 
 
 def _tiles(problem: MatmulProblem) -> Iterator[Config]:
-    """Tiles for many rows."""
-    wide = problem.activation == "f32"
-    depth = 32 if wide else 64
-    if problem.bits is not None and not wide and problem.group in (128, 64):
-        depth = 128 if problem.group == 128 else 64
-    for height in (32, 64, 128):
+    """Tiles for many rows.
+
+    f32[BM, BN] lies in registers, 64 a thread with 8 warps at 128 x 128. The parts of f32 and integers that become
+    numbers need as many again, so their tiles are smaller; two blocks on a multiprocessor then unpack and multiply in
+    turns. Height saves unpacking, which is done for each row block again.
+    """
+    wide, integers = problem.activation == "f32", problem.bits is not None
+    largest = 64 * 128 if wide else 128 * 128 if integers else 128 * 256
+    for height in (32, 64, 128, 256) if integers and not wide else (32, 64, 128):
         for columns in (16, 32, 64, 128, 256):
-            # f32[BM, BN] lies in registers: 64 a thread with 8 warps at 128 x 128. The parts of f32, and integers that
-            # become numbers, need as many again.
             area = height * columns
-            if area > (64 * 128 if wide else 128 * 256) or area < 1024:
+            if not 512 <= area <= largest:
                 continue
-            warps = 8 if area >= (64 * 128 if wide or problem.bits is not None else 128 * 128) else 4
+            depth = 32 if wide else 64 if area > 64 * 64 else 128  # small tiles wait for memory, not for products
+            warps = 8 if area >= (64 * 128 if wide or integers else 128 * 128) else 4
             stages = 4
             while stages > 2 and _shared(problem, height, columns, depth, stages) > _SHARED_BYTES:
                 stages -= 1
@@ -272,17 +287,28 @@ def _shared(problem: MatmulProblem, height: int, columns: int, depth: int, stage
 
 
 def _clocks(problem: MatmulProblem, config: Config, rows: int, multiprocessors: int) -> float:
-    """Estimate for a whole product: rounds of tiles, each limited by memory or by arithmetic.
+    """Estimate for a whole product: rounds of tiles, each limited by memory, by its latency, or by arithmetic.
 
+    Blocks that share a multiprocessor share its arithmetic and its part of the bandwidth, but wait at the same time.
     Unpacking is added to the products: within a block, the same warps do both in turn.
     """
-    tiles = config.blocks(rows, problem.columns)
     share = (_EFFICIENCY[config.BM] * _EFFICIENCY[config.BN]) ** 0.5
     arithmetic = config.BM * config.BN / (_MACS_PER_CLOCK[problem.activation] * share)
     if problem.bits is not None:
         arithmetic += config.BN / _UNPACKED_PER_CLOCK
-    number = WEIGHT_BYTES[problem.activation]
     # From the L2 cache, twice as fast as memory; the weight once from memory for all its row blocks.
+    number = WEIGHT_BYTES[problem.activation]
     memory = (config.BM * number + config.BN * problem.weight_bytes) / (2 * _BYTES_PER_CLOCK)
-    rounds = ceil(tiles / multiprocessors)
-    return rounds * (problem.depth * max(arithmetic, memory) + _FILL_CLOCKS)
+    latency = _LATENCY_CLOCKS / ((config.num_stages - 1) * config.BK)
+    tiles = config.blocks(rows, problem.columns)
+    together = min(ceil(tiles / multiprocessors), _blocks_that_fit(problem, config))
+    rounds = ceil(tiles / (multiprocessors * together))
+    return rounds * (problem.depth * max(together * arithmetic, together * memory, latency) + _FILL_CLOCKS)
+
+
+def _blocks_that_fit(problem: MatmulProblem, config: Config) -> int:
+    """Blocks on a multiprocessor, by its shared memory and its 65536 registers."""
+    shared = _shared(problem, config.BM, config.BN, config.BK, config.num_stages)
+    threads = 32 * config.num_warps
+    registers = 60 + config.BM * config.BN / threads * (2 if problem.activation == "f32" else 1)
+    return max(1, min(int(_MULTIPROCESSOR_BYTES / shared), int(65536 / (threads * registers))))
