@@ -223,10 +223,17 @@ class _Sorted(nn.Module):
         return x.sort().values
 
 
+def test_what_has_no_definition_is_computed_by_pytorch() -> None:
+    x = torch.randn(3, 4)
+    program = capture(_Sorted(), (x,), name="sorted")
+    assert [c.op for c in TRITON.check(program).fallbacks] == ["aten.sort"]
+    assert torch.equal(TRITON.lower(program).run(x)[0], x.sort().values)
+
+
 def test_what_is_not_supported_is_listed() -> None:
-    program = capture(_Sorted(), (torch.randn(3, 4),), name="sorted")
-    assert [c.op for c in TRITON.check(program).refused] == ["aten.sort"]
-    with pytest.raises(TargetError, match=r"aten\.sort × 1"):
+    program = capture(nn.Identity(), (torch.randn(3).to(torch.complex64),), name="same")
+    assert [c.reason for c in TRITON.check(program).refused] == ["input has numbers of type torch.complex64"]
+    with pytest.raises(TargetError, match="complex64"):
         TRITON.lower(program)
 
 
