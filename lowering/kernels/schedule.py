@@ -17,8 +17,8 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.indexing import ZERO, Ranges, equal, exchanged, index_symbol
-from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Origin, Start, Statement, Store
-from irc.lowering.kernels.values import Index, Load, Local, Reduce, Value, reductions, rewrite, substitute, walk
+from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Origin, Start, Statement, Store, statements
+from irc.lowering.kernels.values import Index, Load, Local, Reduce, Value, loads, reductions, rewrite, substitute, walk
 
 AxisRange = tuple[sympy.Symbol, sympy.Expr]
 MIN_SPLIT = 8
@@ -213,7 +213,8 @@ def _emit(item: Item, block: _Block, outer: Sequence[AxisRange]) -> None:
         block.statements.extend(body)
         return
     previous = block.statements[-1] if block.statements else None
-    if len(block.statements) == before and _same_loop(previous, inner_axes) and len(body) == 1:
+    alone = len(block.statements) == before and len(body) == 1
+    if alone and _same_loop(previous, inner_axes) and _reads_its_place(store, previous):
         block.statements[-1] = _joined(previous, inner_axes, body, len(inner_axes))
         return
     innermost = len(inner_axes) - 1
@@ -231,6 +232,16 @@ def _same_loop(statement: Statement | None, axes: Sequence[AxisRange]) -> bool:
         only = statement.body
         statement = only[0]
     return isinstance(statement, Store)
+
+
+def _reads_its_place(store: Store, loop: Statement) -> bool:
+    """Whether a store reads of what the loop's stores wrote nothing but its own element: others may come later."""
+    values = [v for v in (store.offset, store.value, store.when) if v is not None]
+    written = {s.buffer: s.offset for s in statements((loop,)) if isinstance(s, Store)}
+    return all(
+        load.offset == written[load.buffer].expr and load.bindings == written[load.buffer].bindings
+        for load in loads(*values) if load.buffer in written
+    )  # fmt: skip
 
 
 def _joined(loop: Loop, axes: Sequence[AxisRange], body: tuple[Statement, ...], depth: int) -> Loop:
