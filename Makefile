@@ -46,8 +46,8 @@ bench:  ## all benchmarks, short
 fuzz:  ## random clusters on target cpu against the reference, 100 of them
 	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/lowering/test_clusters.py
 
-fuzz-triton:  ## random clusters on target triton against the reference, 100 of them (in its interpreter: 10 minutes)
-	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 $(PYTHON) -m pytest tests/triton/test_clusters.py
+fuzz-triton:  ## random clusters on target triton against the reference, 100 of them (without a GPU: minutes); more kernels compiled
+	IRC_FUZZ_FIRST=1000 IRC_FUZZ_COUNT=100 IRC_AHEAD_ALL=1 $(PYTHON) -m pytest tests/triton/test_clusters.py tests/triton/test_ahead.py
 
 sanitize:  ## random clusters on target cpu under the address and undefined-behaviour sanitizers, steps under the thread sanitizer
 	IRC_STEP_THREADS=1 $(PYTHON) -m pytest tests/lowering/test_step_threads.py

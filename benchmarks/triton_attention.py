@@ -220,12 +220,14 @@ def copy_gb_per_s() -> float:
     return 2 * source.numel() / statistics.median(times) / 1e6
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, sweep: bool) -> list[Case]:
     found = [Case("prefill", 1, s, s, d) for d in (64, 128) for s in (512, 2048, 8192)]
     found += [Case("prefill", 1, 2048, 2048, 128, pages=True)]
-    found += [Case("decode", b, 1, t, d) for d in ((128,) if quick else (64, 128)) for b in (1, 8, 64)
+    found += [Case("decode", b, 1, t, d) for d in ((128,) if quick or sweep else (64, 128)) for b in (1, 8, 64)
               for t in (1024, 4096, 32768)]  # fmt: skip
-    return found + [Case("decode", b, 1, 4096, 128, pages=True) for b in (1, 8, 64)]
+    found += [Case("decode", b, 1, 4096, 128, pages=True) for b in (1, 8, 64)]
+    most = 8 * 4096 if sweep else 1 << 30  # more keys: bound by copying, whatever the blocks
+    return [case for case in found if case.batch * case.length <= most or case.kind == "prefill"]
 
 
 def measure(template: Any, case: Case, limit: float, sweep: bool) -> dict[str, Any]:
@@ -267,14 +269,13 @@ def measure(template: Any, case: Case, limit: float, sweep: bool) -> dict[str, A
 def swept(template: Any, case: Case, chosen: Any, copies: list[Operands]) -> Iterator[tuple[str, float]]:
     """Times of other configurations near the chosen one, the best ones first."""
     if case.kind == "prefill":
-        shapes = [(m, n, w, s) for m, n, w in ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8))
-                  for s in (2, 3)]  # fmt: skip
-        others = [replace(chosen, block_rows=m, block_keys=n, warps=w, stages=s) for m, n, w, s in shapes]
+        shapes = [(128, 64, 8, 3), (128, 128, 8, 3), *(() if case.pages else ((64, 64, 4, 3),))]
+        shapes += [(128, 64, 8, 4)] if case.width > 64 else [(128, 64, 4, 3), (128, 64, 4, 4)]
     else:
-        blocks = ((32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3))
-        splits = sorted({chosen.splits, max(1, chosen.splits // 2), min(64, chosen.splits * 2)})
-        others = [replace(chosen, block_keys=n, warps=w, stages=2 * s - 1 if case.pages else s, splits=k)
-                  for n, w, s in blocks for k in splits]  # fmt: skip
+        shapes = [(chosen.block_rows, *shape) for shape in ((64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3))]
+    splits = (1,) if case.kind == "prefill" else sorted({chosen.splits, min(64, chosen.splits * 2)})
+    others = [replace(chosen, block_rows=m, block_keys=n, warps=w, stages=2 * s - 1 if case.pages else s, splits=k)
+              for m, n, w, s in shapes for k in splits]  # fmt: skip
     found: list[tuple[float, str]] = []
     for config in others:
         try:
@@ -314,7 +315,7 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, a copy moves {limit:.0f} GB/s")
     rows = []
-    for case in cases(options.quick):
+    for case in cases(options.quick, options.sweep):
         if options.only in str(case):
             rows.append(measure(template, case, limit, options.sweep))
             show(rows[-1])

@@ -81,13 +81,17 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], ca
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a thread."""
+    """Registers and bytes of stack of a thread, and how many products of Hopper there are, and waits for them."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", text)}
+        text, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    used = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", text)}
+    return {**used, "products": code.count("HGMMA."), "waits": code.count("WARPGROUP.DEPBAR")}
 
 
 def launches(

@@ -221,7 +221,11 @@ IDS = [2, 2, 2, 2, 2, 0, 1, 1, 1, 3, 0]
 POSITIONS = [9, 10, 11, 12, 13, 22, 0, 1, 2, 7, 23]
 
 
-@pytest.mark.parametrize(("page", "heads", "kv_heads", "config"), [(5, 3, 1, ONE), (16, 4, 2, ONE), (5, 2, 1, SPLIT)])
+@pytest.mark.parametrize(
+    ("page", "heads", "kv_heads", "config"),
+    [(5, 3, 1, ONE), (5, 3, 1, replace(ONE, extra=2)), (16, 4, 2, replace(ONE, extra=1)), (5, 2, 1, SPLIT),
+     (5, 2, 1, replace(SPLIT, extra=3))],
+)  # fmt: skip
 def test_pages(page: int, heads: int, kv_heads: int, config: Config) -> None:
     generator = torch.Generator().manual_seed(page)
     blocks = -(-24 // page)
@@ -280,7 +284,17 @@ def test_choices() -> None:
     assert template.choose(half, 1, 32, 4, 1, 100).splits == 1
     prefill = template.choose(half, 1, 32, 4, 2048, 2048)
     assert (prefill.block_rows, prefill.splits) == (128, 1)
+    # A prompt's parts are more than its keys: 512 tokens of 32 heads in 2 parts are 17 MB, to be read from 0.5 MB.
+    for width in (64, 128):
+        short = template.choose(replace(half, width=width, value_width=width), 1, 32, 4, 512, 512)
+        assert (short.block_rows, short.splits) == (64, 1)
+    # Behind a long cache the parts of few tokens are little, and their program has much to read.
+    assert template.choose(half, 1, 32, 4, 16, 32768).splits > 8
     assert template.choose(half, 8, 64, 1, 8, 4096, page_size=16).block_rows >= 64
+    # A token of each sequence has a program each; of prompts a tile, and one for each sequence that begins within one.
+    assert template.choose(half, 8, 32, 4, 8, 4096, page_size=16).extra is None
+    assert template.choose(half, 1, 32, 4, 2048, 2048, page_size=16).extra == 0
+    assert template.choose(half, 8, 32, 4, 2048, 2048, page_size=16).extra == 7
     assert template.scratch_elements(half, decode, 1, 32) == 32 * decode.splits * 130
     assert template.scratch_elements(half, prefill, 2048, 32) == 0
 
@@ -296,6 +310,8 @@ def test_compiles_ahead_of_time() -> None:
         if "attend" in name:
             product = "wgmma.mma_async" if "prefill" in name and name.endswith("sm_90") else "mma.sync"
             assert kernel[product] > 0, name
+            # ptxas says that it lets every product wait for the one before (C7515) only to those who ask.
+            assert product == "mma.sync" or 4 * kernel["waits"] <= kernel["products"], name
             assert kernel["cp.async, 16 bytes"] > 0, name
         assert kernel["stack"] <= 16, f"{name} spills {kernel['stack']} bytes a thread"
     assert len(found) == 6

@@ -5,9 +5,11 @@ that the tile sees. With SPLIT (Flash-Decoding) it leaves its maximum, sum and w
 `combine` merges the parts of a row, where sinks come in, too. What a part gets is decided in the kernel, by positions,
 so a long cache that is hardly filled still gives every program the same share.
 
-Flat tokens over pages: tokens are grouped into tiles of BM // GROUP, and each run of tokens of one sequence within a
-tile is worked on by the program of its first token; the programs of the others stop at once. So the launch depends on
-sizes only, never on what the sequences are.
+Flat tokens over pages: tokens are grouped into tiles of BM // GROUP, and a run of tokens of one sequence within a tile
+is worked on together. Tile i has a program for the run that starts with it; runs that start within a tile are shared
+by `extra` programs, which look for theirs. A program without work is not free: it waits for its multiprocessor's
+shared memory, and one for each token takes longer than the products of a prompt. Where `extra` is None, each token has
+a program of its own. So the launch depends on sizes only, never on what the sequences are.
 
 Scratch, in f32: weighted values [tokens, heads, splits, VALUE_WIDTH], then (maximum, sum) [tokens, heads, splits, 2].
 Sources: Dao 2023, https://arxiv.org/abs/2307.08691; Dao et al. 2023, Flash-Decoding; Kwon et al. 2023 (PagedAttention),
@@ -34,58 +36,43 @@ def heavy_first(program, tiles, heads, section):
 
 @triton.jit
 def run_of_tokens(sequence_ids, first, queries, GROUP: tl.constexpr, BM: tl.constexpr):
-    """(number of tokens, sequence) of the run that starts at token `first`; 0 tokens where no run starts there."""
+    """(number of tokens, sequence) of the run that starts at token `first`."""
     TOKENS: tl.constexpr = BM // GROUP
     sequence = tl.load(sequence_ids + first)
     end = tl.minimum((first // TOKENS + 1) * TOKENS, queries)
     token = first + tl.arange(0, BM) // GROUP
     other = tl.load(sequence_ids + tl.minimum(token, queries - 1)) != sequence
-    end = tl.minimum(tl.min(tl.where(other, token, end), 0), end)
-    starts = (first % TOKENS == 0) | (tl.load(sequence_ids + tl.maximum(first - 1, 0)) != sequence)
-    return tl.where(starts, end - first, 0), sequence
+    return tl.minimum(tl.min(tl.where(other, token, end), 0), end) - first, sequence
 
 
-# Sizes change from step to step: a kernel compiled once takes all of them (Triton would make others for 1 and for
-# multiples of 16, which loads gain nothing from: what lies side by side is said by the strides).
-@triton.jit(do_not_specialize=["batch", "kv_heads", "queries", "length", "bias_keys", "section", "table_stride"])
-def attend(
-    out, query, keys, values, scratch, positions, bias, sinks, tables, sequence_ids,
-    out_strides, query_strides, key_strides, value_strides, bias_strides, table_stride,
-    batch, kv_heads, queries, length, bias_keys, section,
+@triton.jit
+def starts_within_tiles(sequence_ids, rank, queries, TOKENS: tl.constexpr):
+    """(number of runs that do not start with a tile, the token that the one number `rank` starts at)."""
+    SPAN: tl.constexpr = 1024
+    count = queries * 0
+    found = queries
+    for start in range(0, queries, SPAN):
+        token = start + tl.arange(0, SPAN)
+        inside = (token < queries) & (token % TOKENS != 0)
+        here = tl.load(sequence_ids + token, mask=inside, other=0)
+        before = tl.load(sequence_ids + token - 1, mask=inside, other=0)
+        starts = (here != before).to(tl.int32)
+        nth = count + tl.cumsum(starts, 0) - 1
+        found = tl.minimum(found, tl.min(tl.where((starts != 0) & (nth == rank), token, queries), 0))
+        count += tl.sum(starts, 0)
+    return count, found
+
+
+@triton.jit
+def attend_tile(
+    out, query, keys, values, scratch, positions, bias, sinks, out_strides, query_strides, key_strides, value_strides,
+    bias_strides, batch, kv_heads, queries, length, bias_keys, b, kv_head, h, s, inside, pages,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    VALUE_PADDED: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VALUE_PADDED: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, MASK: tl.constexpr,
+    WINDOW: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(cap(query · keyᵀ · scale) + bias, masked) · value, or parts of it in scratch.
-
-    Strides are (batch, head, row) in elements, for pages (block, head, row), of the bias (batch, head, query, key).
-    positions [batch, queries], sinks [heads] or None; without pages tables, sequence_ids and PAGE are None.
-    Grid: (tiles · batch · kv_heads, splits), tiles = ⌈queries · GROUP / BM⌉, for pages queries.
-    """
-    row = tl.arange(0, BM)
-    pages = None
-    if PAGE is None:
-        tile, pair = heavy_first(tl.program_id(0), tl.cdiv(queries * GROUP, BM), batch * kv_heads, section)
-        last = queries * GROUP - 1
-        inside = tile * BM + row <= last
-        index = tl.minimum(tile * BM + row, last)
-        s = index // GROUP
-        b = (pair // kv_heads).to(tl.int64)
-        kv_head = pair % kv_heads
-        h = kv_head * GROUP + index % GROUP
-        keys += b * key_strides[0]
-        values += b * value_strides[0]
-    else:
-        first, kv_head = heavy_first(tl.program_id(0), queries, kv_heads, section)
-        count, sequence = run_of_tokens(sequence_ids, first, queries, GROUP, BM)
-        if count == 0:
-            return
-        inside = row // GROUP < count
-        s = first + tl.minimum(row // GROUP, count - 1)
-        b = tl.cast(0, tl.int64)
-        h = kv_head * GROUP + row % GROUP
-        pages = tables + sequence.to(tl.int64) * table_stride
+    """Rows of sequence b and one key-value head, with query heads h [BM] and queries s [BM], stored where `inside`."""
     keys += kv_head.to(tl.int64) * key_strides[1]
     values += kv_head.to(tl.int64) * value_strides[1]
     if positions is None:
@@ -128,17 +115,17 @@ def attend(
         acc, top, total = sweep(
             acc, top, total, q, p, keys, values, key_strides, value_strides, pages, rows_of_bias, bias_keys,
             start, free, end, True, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
-            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, PAGE, BN, PRECISION,
+            WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, PAGE, BN, PRECISION,
         )  # fmt: skip
     acc, top, total = sweep(
         acc, top, total, q, p, keys, values, key_strides, value_strides, pages, rows_of_bias, bias_keys,
         free, free_end, end, False, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
-        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, PAGE, BN, PRECISION,
+        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, PAGE, BN, PRECISION,
     )  # fmt: skip
     acc, top, total = sweep(
         acc, top, total, q, p, keys, values, key_strides, value_strides, pages, rows_of_bias, bias_keys,
         free_end, stop, end, True, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
-        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, PAGE, BN, PRECISION,
+        WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, PAGE, BN, PRECISION,
     )  # fmt: skip
 
     e = tl.arange(0, VALUE_PADDED)
@@ -154,6 +141,90 @@ def attend(
         states = scratch + tl.cast(batch * queries, tl.int64) * heads * splits * VALUE_WIDTH
         tl.store(states + slot * 2, top, mask=inside)
         tl.store(states + slot * 2 + 1, total, mask=inside)
+
+
+# Sizes change from step to step: a kernel compiled once takes all of them (Triton would make others for 1 and for
+# multiples of 16, which loads gain nothing from: what lies side by side is said by the strides).
+@triton.jit(
+    do_not_specialize=["batch", "kv_heads", "queries", "length", "bias_keys", "section", "table_stride", "extra"]
+)
+def attend(
+    out, query, keys, values, scratch, positions, bias, sinks, tables, sequence_ids,
+    out_strides, query_strides, key_strides, value_strides, bias_strides, table_stride,
+    batch, kv_heads, queries, length, bias_keys, section, extra,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    VALUE_PADDED: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, MASK: tl.constexpr,
+    WINDOW: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(cap(query · keyᵀ · scale) + bias, masked) · value, or parts of it in scratch.
+
+    Strides are (batch, head, row) in elements, of keys and values (batch, head) with rows KEY_ROW and VALUE_ROW apart,
+    for pages (block, head), of the bias (batch, head, query, key).
+    positions [batch, queries], sinks [heads] or None; without pages tables, sequence_ids and PAGE are None.
+    Grid: (tiles · batch · kv_heads, splits), tiles = ⌈queries · GROUP / BM⌉, for pages queries, or with `extra`
+    ⌈queries / (BM // GROUP)⌉ + extra.
+    """
+    row = tl.arange(0, BM)
+    if PAGE is None:
+        tile, pair = heavy_first(tl.program_id(0), tl.cdiv(queries * GROUP, BM), batch * kv_heads, section)
+        last = queries * GROUP - 1
+        inside = tile * BM + row <= last
+        index = tl.minimum(tile * BM + row, last)
+        s = index // GROUP
+        b = (pair // kv_heads).to(tl.int64)
+        kv_head = pair % kv_heads
+        h = kv_head * GROUP + index % GROUP
+        keys += b * key_strides[0]
+        values += b * value_strides[0]
+        pages = None
+        attend_tile(
+            out, query, keys, values, scratch, positions, bias, sinks,
+            out_strides, query_strides, key_strides, value_strides, bias_strides,
+            batch, kv_heads, queries, length, bias_keys, b, kv_head, h, s, inside, pages,
+            GROUP, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
+            PAGE, SPLIT, BM, BN, PRECISION,
+        )  # fmt: skip
+    elif extra is None:
+        s, kv_head = heavy_first(tl.program_id(0), queries, kv_heads, section)
+        inside = row < GROUP
+        h = kv_head * GROUP + row % GROUP
+        b = tl.cast(0, tl.int64)
+        pages = tables + tl.load(sequence_ids + s).to(tl.int64) * table_stride
+        s += row * 0
+        attend_tile(
+            out, query, keys, values, scratch, positions, bias, sinks,
+            out_strides, query_strides, key_strides, value_strides, bias_strides,
+            batch, kv_heads, queries, length, bias_keys, b, kv_head, h, s, inside, pages,
+            GROUP, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
+            PAGE, SPLIT, BM, BN, PRECISION,
+        )  # fmt: skip
+    else:
+        TOKENS: tl.constexpr = BM // GROUP
+        tiles = tl.cdiv(queries, TOKENS)
+        tile, kv_head = heavy_first(tl.program_id(0), tiles + extra, kv_heads, section)
+        h = kv_head * GROUP + row % GROUP
+        b = tl.cast(0, tl.int64)
+        first = tile * TOKENS
+        rank = tl.maximum(tile - tiles, 0)
+        runs = rank + 1
+        if tile >= tiles:
+            runs, first = starts_within_tiles(sequence_ids, rank, queries, TOKENS)
+        while rank < runs:
+            count, sequence = run_of_tokens(sequence_ids, first, queries, GROUP, BM)
+            inside = row // GROUP < count
+            s = first + tl.minimum(row // GROUP, count - 1)
+            pages = tables + sequence.to(tl.int64) * table_stride
+            attend_tile(
+                out, query, keys, values, scratch, positions, bias, sinks,
+                out_strides, query_strides, key_strides, value_strides, bias_strides,
+                batch, kv_heads, queries, length, bias_keys, b, kv_head, h, s, inside, pages,
+                GROUP, WIDTH, PADDED, VALUE_WIDTH, VALUE_PADDED, KEY_ROW, VALUE_ROW, MASK, WINDOW, SCALE, SOFTCAP, UNIT,
+                PAGE, SPLIT, BM, BN, PRECISION,
+            )  # fmt: skip
+            rank += tl.maximum(extra, 1)
+            if rank < runs:
+                runs, first = starts_within_tiles(sequence_ids, rank, queries, TOKENS)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "queries", "splits"])

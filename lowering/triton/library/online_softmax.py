@@ -75,12 +75,15 @@ def places_of(pages, first, last, PAGE: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def rows_at(cache, strides, origin, place, PAGE: tl.constexpr):
-    """Pointers [BN] to rows of keys or values; `strides`: of batch (block of pages), head and row."""
+def rows_at(cache, strides, origin, place, ROW: tl.constexpr, PAGE: tl.constexpr):
+    """Pointers [BN] to rows of keys or values; `strides`: of batch (block of pages) and head, ROW of row.
+
+    A known stride of rows leaves one address for all rows that a thread copies: theirs differ by constants.
+    """
     if PAGE is None:
-        rows = cache + origin * strides[2] + place * strides[2]
+        rows = cache + origin * ROW + place * ROW
     else:
-        rows = cache + (origin * strides[0] + place * strides[2])
+        rows = cache + (origin * strides[0] + place * ROW)
     return rows
 
 
@@ -128,40 +131,45 @@ def sweep(
     acc, top, total, q, p, keys, values, key_strides, value_strides, pages, bias, bias_keys, start, stop, end,
     CUT: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    VALUE_PADDED: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_PADDED: tl.constexpr, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys [start, stop) into acc [BM, VALUE_PADDED], top [BM] and total [BM].
 
     Without CUT all rows see all those keys. With it, keys from `end` on do not exist. UNIT None: natural logarithms.
     """
-    for first in range(start, stop, BN):
-        t = first + tl.arange(0, BN)
-        inside = t < end
-        origin, place = places_of(pages, first, end - 1, PAGE, BN)
-        rows = rows_at(keys, key_strides, origin, place, PAGE)
-        k = load_rows(rows, inside, CUT, WIDTH, PADDED).to(q.dtype)
-        scores = scores_of(q, k, bias, t, bias_keys, SCALE, SOFTCAP, PRECISION)
-        if CUT:
-            seen = inside[None, :]
-            if MASK != "full":
-                seen = seen & sees(p[:, None], t[None, :], MASK, WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.max(scores, 1)
-        if UNIT is not None:
-            highest = highest * UNIT
-        next_top = tl.maximum(top, highest)
-        shift = next_top
-        if CUT or bias is not None:  # rows without any key so far have no finite maximum to shift by
-            shift = tl.where(next_top == float("-inf"), 0.0, next_top)
-        if UNIT is not None:
-            weights = tl.exp2(scores * UNIT - shift[:, None])
-            decay = tl.exp2(top - shift)
-        else:
-            weights = tl.exp2((scores - shift[:, None]) * LOG2E)
-            decay = tl.exp2((top - shift) * LOG2E)
-        total = total * decay + tl.sum(weights, 1)
-        rows = rows_at(values, value_strides, origin, place, PAGE)
-        v = load_rows(rows, inside, CUT, VALUE_WIDTH, VALUE_PADDED).to(q.dtype)
-        acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        top = next_top
+    # The condition is the loop's own, but the wait for its last product comes to stand under it, too. Behind the loop,
+    # where a loop without keys also ends, ptxas would see registers of the product set by other instructions, and
+    # have every product of the kernel wait for the one before (its C7515).
+    if start < stop:
+        for first in range(start, stop, BN):
+            t = first + tl.arange(0, BN)
+            inside = t < end
+            origin, place = places_of(pages, first, end - 1, PAGE, BN)
+            rows = rows_at(keys, key_strides, origin, place, KEY_ROW, PAGE)
+            k = load_rows(rows, inside, CUT, WIDTH, PADDED).to(q.dtype)
+            scores = scores_of(q, k, bias, t, bias_keys, SCALE, SOFTCAP, PRECISION)
+            if CUT:
+                seen = inside[None, :]
+                if MASK != "full":
+                    seen = seen & sees(p[:, None], t[None, :], MASK, WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+            highest = tl.max(scores, 1)
+            if UNIT is not None:
+                highest = highest * UNIT
+            next_top = tl.maximum(top, highest)
+            shift = next_top
+            if CUT or bias is not None:  # rows without any key so far have no finite maximum to shift by
+                shift = tl.where(next_top == float("-inf"), 0.0, next_top)
+            if UNIT is not None:
+                weights = tl.exp2(scores * UNIT - shift[:, None])
+                decay = tl.exp2(top - shift)
+            else:
+                weights = tl.exp2((scores - shift[:, None]) * LOG2E)
+                decay = tl.exp2((top - shift) * LOG2E)
+            total = total * decay + tl.sum(weights, 1)
+            rows = rows_at(values, value_strides, origin, place, VALUE_ROW, PAGE)
+            v = load_rows(rows, inside, CUT, VALUE_WIDTH, VALUE_PADDED).to(q.dtype)
+            acc = tl.dot(weights.to(q.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+            top = next_top
     return acc, top, total

@@ -22,6 +22,8 @@ _MOST_SPLITS = 64
 _MOST_GROUP = 128  # rows of one token over pages, all in one tile
 _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 _LEAST_SHARED_BYTES = 99 << 10  # of consumer GPUs
+_PROGRAM_BYTES_PER_NS = 20  # keys and values that a program takes in, measured on an H100
+_SCRATCH_BYTES_PER_NS = 2000  # of all programs together, written and read
 _L2_BYTES = 32 << 20  # of an H100's 50 MB and an A100's 40 MB, what keys and values may take
 
 
@@ -69,6 +71,7 @@ class Config:
         block_keys: keys of a step.
         splits: programs that share the keys of a tile; more than one needs scratch and `combine`.
         warps, stages: of Triton; stages are blocks of keys in flight.
+        extra: over pages, programs for runs of tokens that start within a tile; None: a program for each token.
     """
 
     block_rows: int
@@ -76,6 +79,7 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 2
+    extra: int | None = None
 
 
 def refuses(problem: AttentionProblem, *, group: int = 1, paged: bool = False) -> str | None:
@@ -125,18 +129,58 @@ def choose(
     rows = min(max(_power_of_two(a_sequence * group), 16), _most_rows(problem, capability))
     if paged:
         rows = max(rows, _power_of_two(group))
-    keys, warps = _keys_and_warps(problem, rows, capability)
-    # Blocks of keys and values in flight: three hide the latency of memory where there is room for them.
-    flights = 3 if rows < 128 or _wide(problem) <= 64 else 2
-    while flights > 1 and _shared(problem, rows, keys, flights) > _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES):
-        flights -= 1
-    used = _shared(problem, rows, keys, flights)
-    tiles = max(batch, -(-queries * group // rows)) if paged else batch * -(-queries * group // rows)
-    resident = max(1, min(_SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES) // used, 12 // warps))
-    splits = _splits(kv_heads * tiles, multiprocessors * resident, length // (2 * keys))
+    tokens = queries if paged else batch * queries
+    while True:
+        keys, warps = _keys_and_warps(problem, rows, capability)
+        flights = _flights(problem, rows, keys, capability)
+        resident = _resident(problem, rows, keys, warps, flights, capability)
+        extra = None
+        if paged:
+            tiles = -(-queries // (rows // group))
+            extra = min(batch - 1, queries - tiles) if a_sequence > 1 else None
+            tiles = queries if extra is None else tiles + extra
+        else:
+            tiles = batch * -(-queries * group // rows)
+        programs = kv_heads * tiles
+        most = min(length // (2 * keys), _worthwhile_splits(problem, tokens * heads, length))
+        splits = _splits(programs, multiprocessors * resident, most)
+        # A prompt that does not fill the device gets smaller tiles, down to the 64 rows of Hopper's products. Programs
+        # of a causal mask differ by their keys, and even out where multiprocessors have more than one.
+        if splits > 1 or rows <= max(64, group) or programs >= 1.5 * multiprocessors:
+            break
+        rows //= 2
     # Over pages, Triton gives the load of a table half of the stages, and that of the rows which it leads to the rest.
     stages = 2 * flights - 1 if paged else flights
-    return Config(block_rows=rows, block_keys=keys, splits=splits, warps=warps, stages=stages)
+    return Config(block_rows=rows, block_keys=keys, splits=splits, warps=warps, stages=stages, extra=extra)
+
+
+def _flights(problem: AttentionProblem, rows: int, keys: int, capability: int) -> int:
+    """Blocks of keys and values in flight: three, as Triton issues loads at the end of a step, so two wait for them."""
+    flights = 3 if rows < 128 or _wide(problem) <= 64 or capability >= 90 else 2
+    while flights > 1 and _shared(problem, rows, keys, flights) > _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES):
+        flights -= 1
+    return flights
+
+
+def _resident(problem: AttentionProblem, rows: int, keys: int, warps: int, flights: int, capability: int) -> int:
+    """Programs that a multiprocessor holds at once."""
+    used = _shared(problem, rows, keys, flights)
+    return max(1, min(_SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES) // used, 12 // warps))
+
+
+def _worthwhile_splits(problem: AttentionProblem, rows: int, length: int) -> int:
+    """The most parts of the keys whose results cost a fourth of what reading a part, not all, saves each program.
+
+    All `rows` of all heads write a result of each part to scratch, and `combine` reads it: for a prompt that is more
+    than its keys, and it would take longer than the attention.
+    """
+    whole = length * (problem.width + problem.value_width) * _BYTES[problem.cache] / _PROGRAM_BYTES_PER_NS
+
+    def worthwhile(n: int) -> bool:
+        partial = 2 * rows * n * (problem.value_width + 2) * 4 / _SCRATCH_BYTES_PER_NS
+        return 4 * partial <= whole * (1 - 1 / n)
+
+    return max((n for n in range(2, _MOST_SPLITS + 1) if worthwhile(n)), default=1)
 
 
 def _keys_and_warps(problem: AttentionProblem, rows: int, capability: int) -> tuple[int, int]:
@@ -239,13 +283,16 @@ def launch(
         return
     if bias_strides[3] == 0:
         bias_keys = length
-    tiles = queries if page_size is not None else -(-queries * group // config.block_rows)
+    tiles = -(-queries * group // config.block_rows)
+    if page_size is not None:
+        tiles = queries if config.extra is None else -(-queries // (config.block_rows // group)) + config.extra
     pairs = batch * kv_heads
     attend[(tiles * pairs, config.splits)](
         out, query, keys, values, scratch, positions, bias, sinks, tables, sequence_ids,
-        tuple(out_strides), tuple(query_strides), tuple(key_strides), tuple(value_strides), tuple(bias_strides),
-        table_stride, batch, kv_heads, queries, length, bias_keys, section_of(problem, length, pairs),
-        **attend_constants(problem, config, group, page_size), num_warps=config.warps, num_stages=config.stages,
+        tuple(out_strides), tuple(query_strides), tuple(key_strides[:2]), tuple(value_strides[:2]), tuple(bias_strides),
+        table_stride, batch, kv_heads, queries, length, bias_keys, section_of(problem, length, pairs), config.extra,
+        KEY_ROW=key_strides[2], VALUE_ROW=value_strides[2], **attend_constants(problem, config, group, page_size),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if config.splits > 1:
         sizes = batch, heads, queries, config.splits
