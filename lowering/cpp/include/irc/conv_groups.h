@@ -22,8 +22,13 @@ template <int Width, int c>
 IRC_INLINE f32x16 of_group(const float* x) {
     static_assert(Width == 4 || Width == 8, "groups that a shuffle or two broadcasts serve");
 #if defined(IRC_AVX512)
-    if constexpr (Width == 4) return {_mm512_permute_ps(_mm512_loadu_ps(x), c * 0x55)};
-    return {_mm512_shuffle_f32x4(_mm512_set1_ps(x[c]), _mm512_set1_ps(x[8 + c]), 0)};
+    if constexpr (Width == 4) {
+        const __m512 all = _mm512_loadu_ps(x);
+        return {_mm512_shuffle_ps(all, all, c * 0x55)};
+    }
+    const __m512i low = _mm512_castps_si512(_mm512_set1_ps(x[c]));
+    const __m256i high = _mm256_castps_si256(_mm256_broadcast_ss(x + 8 + c));
+    return {_mm512_castsi512_ps(_mm512_inserti64x4(low, high, 1))};
 #elif defined(IRC_AVX2)
     if constexpr (Width == 4)
         return {_mm256_permute_ps(_mm256_loadu_ps(x), c * 0x55), _mm256_permute_ps(_mm256_loadu_ps(x + 8), c * 0x55)};

@@ -22,6 +22,9 @@ inline simde__m512i widen_u16(simde__m256i x) {
 inline simde__m512i widen_u8(simde__m128i x) {
     return join(simde_mm256_cvtepu8_epi32(x), simde_mm256_cvtepu8_epi32(simde_mm_srli_si128(x, 8)));
 }
+inline simde__m512i widen_i8(simde__m128i x) {
+    return join(simde_mm256_cvtepi8_epi32(x), simde_mm256_cvtepi8_epi32(simde_mm_srli_si128(x, 8)));
+}
 inline simde__m512 from_half(simde__m256i x) {
     return join(simde_mm256_cvtph_ps(simde_mm256_castsi256_si128(x)),
                 simde_mm256_cvtph_ps(simde_mm256_extracti128_si256(x, 1)));
@@ -44,12 +47,14 @@ inline simde__m128i narrow_i32(simde__m512i x) {
 
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtps_epi32
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepu16_epi32 irc_emulation::widen_u16
 #define _mm512_cvtepu8_epi32 irc_emulation::widen_u8
+#define _mm512_cvtepi8_epi32 irc_emulation::widen_i8
 #define _mm512_cvtph_ps irc_emulation::from_half
 #define _mm512_cvtepi32_ps irc_emulation::to_float
 #define _mm512_cvtps_epi32 irc_emulation::to_int
