@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz fuzz-triton sanitize kernels-sanitized kernels-emulated
+.PHONY: help install check format lint types test demo llama-cpp coverage onnx-coverage onnx-genai bench clean fuzz fuzz-triton sanitize kernels-sanitized kernels-emulated zoo
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,6 +33,9 @@ llama-cpp:  ## build llama.cpp in .llama-cpp/ and hold the GGUF target against i
 
 coverage:  ## recompute docs/coverage.md
 	$(PYTHON) -m tests.coverage
+
+zoo:  ## every model of the zoo on target cpu, against its program (ten minutes)
+	$(PYTHON) -m tests.zoo_on_targets cpu
 
 onnx-genai:  ## generate with onnxruntime-genai (needs that package)
 	$(PYTHON) -m pytest tests/lowering/test_onnx_genai.py

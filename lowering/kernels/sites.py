@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.definitions import At, Definer
+from irc.lowering.kernels.indexing import equal
 from irc.lowering.kernels.kernel import Kernel, Origin
 from irc.lowering.kernels.values import Value
 
@@ -65,6 +66,19 @@ class Memory:
     shape: At
     strides: At
     start: sympy.Expr
+
+
+def bias_strides(bias: Memory, query: Memory) -> At:
+    """Strides of batch, head, query and key of what is added to scores, 0 where it is broadcast.
+
+    bias: [B|1, H|1, S|1, L], or [N|1, H|1, L] for flat tokens; query: [B, H, S, D] or [N, H, D]. A size of one may be
+    an expression that says so only for the sizes that occur: what is not the whole size is one.
+    """
+    zero = sympy.Integer(0)
+    outer = zip(bias.shape[:-1], bias.strides[:-1], query.shape[:-1], strict=True)
+    found = [stride if equal(size, whole) else zero for size, stride, whole in outer]
+    first = found if len(found) == 3 else [zero, found[1], found[0]]
+    return (*first, bias.strides[-1])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import sympy
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.kernel import Axis, Combine, Kernel, Loop, Statement, Store, axes_of, statements, values_of
 from irc.lowering.kernels.printing import Lines
+from irc.lowering.kernels.signature import python_size
 from irc.lowering.kernels.sites import Memory
 from irc.lowering.kernels.values import Apply, loads, walk
 from irc.lowering.triton.expressions import STORAGE_TYPES, known_operation, size_text
@@ -150,11 +151,11 @@ class _Printer:
         """Each nest of loops has programs of its own: done one after the other, a token's heads would wait in turn."""
         out, totals, counter = Lines(1), [], [0]
         for axes, _ in nests:
-            total = size_text(sympy.prod([axis.extent for axis in axes]), {})
-            totals.append((total, f"cdiv({total}, {BLOCK})"))
+            total = sympy.prod([axis.extent for axis in axes])
+            totals.append((size_text(total, {}), python_size(total)))
         out.add(f"pid = tl.program_id(0).to({INDEX})")
-        for number, (_, blocks) in enumerate(totals[:-1]):
-            out.add(f"end{number} = {f'end{number - 1} + ' if number else ''}tl.{blocks}")
+        for number, (total, _) in enumerate(totals[:-1]):
+            out.add(f"end{number} = {f'end{number - 1} + ' if number else ''}tl.cdiv({total}, {BLOCK})")
         for number, (axes, body) in enumerate(nests):
             self.outer, total = axes, totals[number][0]
             names = {axis.symbol: f"i{n}" for n, axis in enumerate(axes)}
@@ -171,7 +172,7 @@ class _Printer:
             made.counter = counter  # one name has one type, in all branches
             made.statements(body)
             out.depth -= 1
-        return self._made(out, " + ".join(f"triton.{blocks}" for _, blocks in totals), _warps(BLOCK))
+        return self._made(out, " + ".join(f"triton.cdiv({total}, {BLOCK})" for _, total in totals), _warps(BLOCK))
 
     def _rows(self) -> PrintedKernel:
         """One kind of programs, which share the outer axes."""
@@ -196,7 +197,7 @@ class _Printer:
         self.decompose(out)
         symbols = frozenset(axis.symbol for axis in self.outer)
         Body(self.pointers, self.names, out, shape, symbols, masks, {ROWS: "0 * i"}).statements(self.body)
-        grid = f"triton.cdiv({text}, {rows})" if rows > 1 else text
+        grid = f"triton.cdiv({python_size(total)}, {rows})" if rows > 1 else python_size(total)
         return self._made(out, grid, _warps(rows * max(width, 1)))
 
     def _made(self, out: Lines, grid: str, warps: int) -> PrintedKernel:

@@ -11,8 +11,8 @@ from irc.lowering.kernels.buffers import ITEM_BYTES, Buffer
 from irc.lowering.kernels.fusion import Schedule
 from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.memory import Plan, touched
+from irc.lowering.kernels.signature import python_size
 from irc.lowering.kernels.sites import Memory
-from irc.lowering.triton.expressions import size_text
 from irc.lowering.triton.options import TritonOptions
 from irc.lowering.triton.printer import INDEX, print_kernel
 from irc.lowering.triton.sites import print_template
@@ -100,7 +100,7 @@ def _arena(plan: Plan, dims: list[str]) -> str:
     lines = [f"def arena({', '.join(dims)}):", '    """Bytes from the start to each slot, and of all together."""']
     lines.append("    ends = [0]")
     for slot in plan.slots:
-        sizes = ", ".join(size_text(size, {}) for size in slot.sizes)
+        sizes = ", ".join(python_size(size) for size in slot.sizes)
         size = f"max({sizes})" if len(slot.sizes) > 1 else sizes
         lines.append(f"    ends.append(ends[-1] + -(-{size} // {ALIGNMENT}) * {ALIGNMENT})")
     return "\n".join([*lines, "    return ends", ""])
@@ -112,7 +112,7 @@ def _index(schedule: Schedule, dims: list[str]) -> str:
     for step in schedule.steps:
         written, read = touched(step)
         numels = [buffer.numel for buffer in (*written, *read)]
-        counts |= {size_text(n, {}): None for n in numels if n.free_symbols or n >= 1 << 31}
+        counts |= {python_size(n): None for n in numels if n.free_symbols or n >= 1 << 31}
     largest = f"max(0, {', '.join(counts)})" if counts else "0"
     return "\n".join([
         f"def index_type({', '.join(dims)}):", '    """64 bits where a tensor has 2^31 elements."""',
@@ -162,7 +162,7 @@ class _Tensors:
     def argument(self, value: Buffer | Memory) -> str:
         if isinstance(value, Buffer):
             return self.of(value)
-        return self.of(value.buffer) + ("" if value.start == 0 else f"[{size_text(value.start, {})}:]")
+        return self.of(value.buffer) + ("" if value.start == 0 else f"[{python_size(value.start)}:]")
 
     def _source(self, buffer: Buffer) -> str:
         if buffer.kind == "input":
@@ -171,7 +171,7 @@ class _Tensors:
             number = next(i for i, b in enumerate(self._schedule.outputs) if b is buffer)
             return f"outputs[{number}].view(-1)"
         place = self._plan.places[buffer]
-        size = f"{size_text(buffer.numel, {})} * {ITEM_BYTES[buffer.dtype]}"
+        size = f"{python_size(buffer.numel)} * {ITEM_BYTES[buffer.dtype]}"
         return f"memory[slots[{place}] : slots[{place}] + {size}].view({TORCH_TYPES[buffer.dtype]})"
 
 

@@ -17,7 +17,7 @@ from irc.lowering.cpu.sites.registry import SiteKind, register_site
 from irc.lowering.cpu.weights import WeightBlock
 from irc.lowering.kernels.definitions import Call, Definer
 from irc.lowering.kernels.layers import as_stored
-from irc.lowering.kernels.sites import Memory, Site, TemplateCall
+from irc.lowering.kernels.sites import Memory, Site, TemplateCall, bias_strides
 
 _CONTIGUOUS, _PAGED = ("irc.attention", "irc.flash_attention"), "irc.paged_attention"
 
@@ -93,7 +93,7 @@ def emit(call: TemplateCall, program: Program, weights: WeightBlock) -> PrintedF
         arguments.append(memory)
         args["table" if name == "block_tables" else name] = name
         if name == "bias":
-            args["bias_strides"] = _bias_strides(memory, text)
+            args["bias_strides"] = ", ".join(text(x) for x in (*bias_strides(memory, query), memory.shape[-1]))
     scratch = template.scratch_expression(problem, args, paged=paged)
     parameters.append("uint8_t* scratch")
     arguments.append("arguments.arena + scratch")
@@ -134,15 +134,6 @@ def _paged_sizes(query: Memory, keys: Memory, values: Memory, table: Memory, tex
     for name, memory in (("keys", keys), ("values", values)):
         found[f"{name}_strides"] = _row_strides(memory, True, text)
     return found
-
-
-def _bias_strides(memory: Memory, text: object) -> str:
-    """Strides of batch, head, query and key over [B|1, H|1, S|1, L] or, for flat tokens, [N|1, H|1, L]; and L."""
-    assert callable(text)
-    strides = [0 if size == 1 else stride for size, stride in zip(memory.shape, memory.strides, strict=True)]
-    if len(strides) == 3:
-        strides = [0, strides[1], strides[0], strides[2]]
-    return ", ".join(text(x) for x in (*strides, memory.shape[-1]))
 
 
 def _row_strides(memory: Memory, paged: bool, text: object) -> str:

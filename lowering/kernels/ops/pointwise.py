@@ -152,7 +152,23 @@ def clamp(call: Call, index: At) -> Value:
     return settle(x, call.dtype)
 
 
-@defines("aten._to_copy", "aten.to.dtype", "prims.convert_element_type", kind="pointwise")
+@defines("aten.min.other", "aten.max.other", kind="pointwise")
+def extremum(call: Call, index: At) -> Value:
+    """The smaller or larger of two."""
+    op = "minimum" if "min" in call.node.target._schema.name else "maximum"
+    return settle(apply(op, *gather(call, index, "self", "other")), call.dtype)
+
+
+@defines("aten.__and__.Tensor", "aten.__or__.Tensor", "aten.__xor__.Tensor", kind="pointwise")
+def bits(call: Call, index: At) -> Value:
+    """Bit by bit; truth values are one bit."""
+    op = call.node.target._schema.name.partition("::")[2].strip("_")
+    return settle(apply(f"bitwise_{op}", *gather(call, index, "self", "other")), call.dtype)
+
+
+@defines(
+    "aten._to_copy", "aten.to.dtype", "aten.to.device", "aten.type_as", "prims.convert_element_type", kind="pointwise"
+)
 def to(call: Call, index: At) -> Value:
     """self in another type."""
     first = next(iter(call._arguments))

@@ -8,7 +8,7 @@ import torch.fx as fx
 from irc.core.target import op_name
 from irc.lowering.kernels.definitions import Call, Definer
 from irc.lowering.kernels.layers import as_stored
-from irc.lowering.kernels.sites import Memory, Site, TemplateCall
+from irc.lowering.kernels.sites import Memory, Site, TemplateCall, bias_strides
 from irc.lowering.triton.options import TritonOptions
 from irc.lowering.triton.sites.registry import SiteKind, StepWriter, register_site
 from irc.lowering.triton.templates.attention import AttentionProblem, refuses
@@ -90,7 +90,7 @@ def emit(call: TemplateCall, writer: StepWriter) -> list[str]:
         if name == "block_tables":
             arguments.append(f"table_stride={writer.size(memory.shape[1])}{page}")
         if name == "bias":
-            strides["bias_strides"] = _bias_strides(memory)
+            strides["bias_strides"] = bias_strides(memory, query)
             arguments.append(f"bias_keys={writer.size(memory.shape[-1])}")
     arguments += [f"{name}=({', '.join(map(writer.size, value))})" for name, value in strides.items()]
     tokens = writer.size(sizes["batch"] * sizes["queries"])
@@ -117,13 +117,6 @@ def _row_strides(memory: Memory, paged: bool) -> tuple[sympy.Expr, ...]:
     """Strides of batch or block, head and row."""
     first, second, third = memory.strides[:3]
     return (first, third, second) if paged else (first, second, third)
-
-
-def _bias_strides(memory: Memory) -> tuple[sympy.Expr, ...]:
-    """Strides of batch, head, query and key over [B|1, H|1, S|1, L] or, for flat tokens, [N|1, H|1, L]."""
-    zero = sympy.Integer(0)
-    strides = tuple(zero if size == 1 else s for size, s in zip(memory.shape, memory.strides, strict=True))
-    return strides if len(strides) == 4 else (zero, strides[1], strides[0], strides[2])
 
 
 register_site(SiteKind("attention", match, emit))

@@ -13,8 +13,8 @@ from irc.core.errors import OptionError, nearest
 from irc.core.program import Program
 from irc.lowering.kernels.buffers import Buffer
 from irc.lowering.kernels.definitions import Definer
+from irc.lowering.kernels.signature import python_size
 from irc.lowering.kernels.sites import Matcher, Memory, Site, TemplateCall
-from irc.lowering.triton.expressions import size_text
 from irc.lowering.triton.options import TritonOptions
 
 Match = Callable[[TritonOptions, Definer, fx.Node], Site | None]
@@ -60,7 +60,7 @@ class StepWriter:
 
     @staticmethod
     def size(expr: sympy.Expr | int) -> str:
-        return size_text(sympy.sympify(expr), {})
+        return python_size(expr)
 
 
 Emit = Callable[[TemplateCall, StepWriter], list[str]]
