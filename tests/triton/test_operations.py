@@ -134,7 +134,7 @@ def test_whole_numbers(dtype: torch.dtype) -> None:
         "to bool": lambda a, b: a.bool(), "to i8": lambda a, b: a.to(torch.int8),
         "to i16": lambda a, b: a.to(torch.int16),
         "to u8": lambda a, b: a.to(torch.uint8), "to i32": lambda a, b: a.int(), "to i64": lambda a, b: a.long(),
-        "cubed": lambda a, b: a**3, "power": lambda a, b: (a % 11) ** (b.abs() % 7),
+        "cubed": lambda a, b: a**3, "power": lambda a, b: (a % 11) ** (b % 7),
     }  # fmt: skip
     compare(functions, [a, b])
     kept = (b != 0) & ~((b == -1) & (a == limits.min))  # PyTorch refuses these, or overflows
