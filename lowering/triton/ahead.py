@@ -90,6 +90,7 @@ class Launch:
     def _specialised(self) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
         """(type of each argument, values of those that are constant, attributes), as a call would have them."""
         constant = {p.name for p in self.function.params if p.is_constexpr}
+        general = {p.name for p in self.function.params if p.do_not_specialize}
         kinds: dict[str, Any] = {}
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], Any] = {}
@@ -107,6 +108,8 @@ class Launch:
         for place, (name, value) in enumerate(self.arguments.items()):
             if name in constant:
                 kinds[name], constants[(place,)] = "constexpr", value
+            elif name in general and isinstance(value, int):
+                kinds[name] = _number_type(value)
             else:
                 kinds[name] = kind(value, (place,))
         return kinds, constants, attributes

@@ -1,4 +1,5 @@
-"""What decoders do around attention, on the targets that generate code: norms over heads, biases that are slices."""
+"""What decoders do around attention, on the targets that generate code: norms over heads, biases that are slices, and
+the choice of experts."""
 
 from __future__ import annotations
 
@@ -47,6 +48,22 @@ class SlicedBias(nn.Module):
         q, length = x.unflatten(-1, (2, 16)).transpose(1, 2), x.shape[1]
         first_row, first = torch.sym_max(0, 1 - length), torch.sym_max(0, 64 - length)
         return nn.functional.scaled_dot_product_attention(q, q, q + 1, attn_mask=self.bias[:, :, first_row:, first:])
+
+
+@pytest.mark.parametrize("target", ["cpu", "triton"])
+def test_the_largest_few(target: str) -> None:
+    if MISSING[target]:
+        pytest.skip(MISSING[target])
+
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (*x.topk(3), *x.transpose(1, 2).topk(2, dim=1, largest=False))
+
+    x = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 3], x[1, 2, 4], x[1, 3, 5] = float("nan"), float("inf"), float("-inf")
+    program = irc.capture(Chosen(), (x,), dynamic=({0: "B", 1: "S"},))
+    for found, wanted in zip(get_target(target).lower(program).run(x), Chosen()(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("target", ["cpu", "triton"])

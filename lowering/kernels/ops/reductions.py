@@ -72,6 +72,43 @@ def extremum(call: Call, index: At) -> Value:
     return _along(call, index, f"arg{op}" if call.output == 1 else op)
 
 
+_MOST_RANKED = 512
+
+
+def _why_not_ranked(call: Call) -> str | None:
+    x = call.operand("self")
+    size = x.shape[call.axis("dim", len(x.shape))] if x.shape else None
+    small = size is not None and size.is_Integer and size <= _MOST_RANKED
+    return None if small else f"the largest of more than {_MOST_RANKED} elements, or of a number that is not known"
+
+
+@defines("aten.topk", kind="reduction", refuses=_why_not_ranked)
+def topk(call: Call, index: At) -> Value:
+    """(the largest or smallest k, their positions) along an axis, as of a mixture's experts.
+
+    By rank: the element that as many others stand before as its place says, with n² comparisons. NaN is the largest.
+    """
+    x = call.operand("self")
+    axis = call.axis("dim", len(x.shape))
+    size = x.shape[axis]
+    i, k = call.symbol("i", size), call.symbol("k", size)
+    own, other = (x.at((*index[:axis], at, *index[axis + 1 :])) for at in (i, k))
+    first, second = (own, other) if call.raw("largest") else (other, own)
+    before, equal = apply("lt", first, second, dtype="bool"), apply("eq", own, other, dtype="bool")
+    if own.dtype in ("f32", "f64"):
+        nans = [apply("isnan", value, dtype="bool") for value in (first, second)]
+        only = apply("logical_and", nans[1], apply("logical_not", nans[0], dtype="bool"), dtype="bool")
+        before = apply("logical_or", before, only, dtype="bool")
+        equal = apply("logical_or", equal, apply("logical_and", *nans, dtype="bool"), dtype="bool")
+    earlier = apply("lt", call.definer.number(k), call.definer.number(i), dtype="bool")
+    before = apply("logical_or", before, apply("logical_and", equal, earlier, dtype="bool"), dtype="bool")
+    rank = call.reduce("sum", [(k, size)], convert(before, "i64"))
+    chosen = apply("eq", rank, call.definer.number(index[axis]), dtype="bool")
+    value = convert(call.definer.number(i), "i64") if call.output == 1 else own
+    kept = apply("where", chosen, value, literal(0, value.dtype), dtype=value.dtype)
+    return call.reduce("sum", [(i, size)], kept)
+
+
 @defines("aten.argmax", "aten.argmin", kind="reduction")
 def arg_extremum(call: Call, index: At) -> Value:
     """The position of the largest or smallest element, the first of equals."""
