@@ -101,7 +101,8 @@ def topk(call: Call, index: At) -> Value:
         before = apply("logical_or", before, only, dtype="bool")
         equal = apply("logical_or", equal, apply("logical_and", *nans, dtype="bool"), dtype="bool")
     earlier = apply("lt", call.definer.number(k), call.definer.number(i), dtype="bool")
-    before = apply("logical_or", before, apply("logical_and", equal, earlier, dtype="bool"), dtype="bool")
+    tied = apply("where", earlier, equal, literal(False, "bool"), dtype="bool")
+    before = apply("logical_or", before, tied, dtype="bool")
     rank = call.reduce("sum", [(k, size)], convert(before, "i64"))
     chosen = apply("eq", rank, call.definer.number(index[axis]), dtype="bool")
     value = convert(call.definer.number(i), "i64") if call.output == 1 else own
