@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch.fx as fx
 from torch import Tensor
@@ -16,8 +16,12 @@ from irc.lowering.kernels.sites import Matcher, Site, first_match
 from irc.lowering.kernels.stored import WRITES
 
 
-def check(target: str, program: Program, matchers: Sequence[Matcher]) -> Coverage:
-    """What has a kernel template, what is printed as loops, and what cannot be done."""
+def check(target: str, program: Program, matchers: Sequence[Matcher], anything: Set[str] = frozenset()) -> Coverage:
+    """What has a kernel template, what is printed as loops, and what cannot be done.
+
+    Args:
+        anything: kinds of sites that compute what definitions refuse, or do not exist for.
+    """
     coverage = Coverage(target)
     definer = Definer(program)
     supported: Counter[str] = Counter()
@@ -25,7 +29,8 @@ def check(target: str, program: Program, matchers: Sequence[Matcher]) -> Coverag
     fallbacks: Counter[tuple[str, str]] = Counter()
     for node in program.operations():
         reason = _why_not(program, definer, node)
-        if reason is not None and not _constant(node) and not templates_of(node, definer, matchers):
+        taken = any(site.kind in anything for site in templates_of(node, definer, matchers))
+        if reason is not None and not _constant(node) and not taken:
             refused[op_name(node), reason] += 1
             continue
         supported[op_name(node)] += 1

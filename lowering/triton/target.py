@@ -80,7 +80,7 @@ class TritonTarget(Target):
 def _check(program: Program, options: TritonOptions) -> Coverage:
     """What has a kernel, what PyTorch computes, and what cannot be done."""
     found: list[Any] = matchers(options)
-    coverage = kernels.check("triton", program, found)
+    coverage = kernels.check("triton", program, found, anything={"torch"})
     definer = Definer(program)
     theirs: Counter[tuple[str, str]] = Counter()
     for node in program.operations():
