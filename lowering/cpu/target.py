@@ -16,7 +16,7 @@ from irc.core import memory
 from irc.core.contract import Pass, Progress
 from irc.core.errors import TargetError
 from irc.core.program import Program
-from irc.core.target import Artifact, Coverage, Options, Target, op_name, read_options, register_target
+from irc.core.target import Artifact, Coverage, Options, Target, read_options, register_target
 from irc.lowering.cpp.build import Build, building, find_compiler, precompile, require_compiler
 from irc.lowering.cpp.printer import unsupported
 from irc.lowering.cpu.artifact import FORMAT, CpuArtifact, choose_isa
@@ -34,7 +34,7 @@ from irc.lowering.kernels.memory import plan_memory
 from irc.lowering.kernels.prepare import fold_constants
 from irc.lowering.kernels.signature import signature_of
 from irc.lowering.kernels.sites import first_match
-from irc.lowering.reference.target import portable_passes
+from irc.lowering.reference.target import merges_of_siblings, portable_passes
 
 
 @register_target
@@ -79,16 +79,7 @@ class CpuTarget(Target):
 
     def default_passes(self, program: Program) -> list[Pass]:
         """Sibling layers as one, where there are any: each layer of a step costs its threads a meeting."""
-        from irc.passes.fuse.merge_gate_up import MergeGateUp
-        from irc.passes.fuse.merge_qkv import MergeQkv
-
-        operations = {op_name(node) for node in program.operations()}
-        merges: list[Pass] = []
-        if operations & {"irc.attention", "irc.flash_attention"}:
-            merges.append(MergeQkv())
-        if "irc.glu" in operations:
-            merges.append(MergeGateUp())
-        return [*merges, *portable_passes(program)]
+        return [*merges_of_siblings(program), *portable_passes(program)]
 
 
 @dataclass

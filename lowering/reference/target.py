@@ -17,7 +17,7 @@ from irc.core.folder import prepare, save
 from irc.core.kv_cache import KVCache
 from irc.core.paged import StepInputs
 from irc.core.program import VAL, Program
-from irc.core.target import Artifact, Coverage, Options, Target, count_ops, read_options, register_target
+from irc.core.target import Artifact, Coverage, Options, Target, count_ops, op_name, read_options, register_target
 from irc.lowering.reference.executable import build
 
 aten = torch.ops.aten
@@ -169,10 +169,24 @@ def portable_passes(program: Program) -> list[Pass]:
     return passes
 
 
+def merges_of_siblings(program: Program) -> list[Pass]:
+    """Passes that make one layer of several with the same input, as far as the program has some."""
+    from irc.passes.fuse.merge_gate_up import MergeGateUp
+    from irc.passes.fuse.merge_qkv import MergeQkv
+
+    operations = {op_name(node) for node in program.operations()}
+    merges: list[Pass] = []
+    if operations & {"irc.attention", "irc.flash_attention"}:
+        merges.append(MergeQkv())
+    if "irc.glu" in operations:
+        merges.append(MergeGateUp())
+    return merges
+
+
 def _takes_numbers_of_tokens(program: Program) -> bool:
     """Whether a step over a cache can stand for the program: one over embeddings has to be asked for."""
     values = [node.meta.get(VAL) for node in program.placeholders]
     return all(isinstance(value, Tensor) and not value.is_floating_point() for value in values)
 
 
-__all__ = ["ReferenceArtifact", "ReferenceOptions", "ReferenceTarget", "portable_passes"]
+__all__ = ["ReferenceArtifact", "ReferenceOptions", "ReferenceTarget", "merges_of_siblings", "portable_passes"]

@@ -16,7 +16,7 @@ from irc.lowering.kernels.kernel import Kernel
 from irc.lowering.kernels.memory import plan_memory
 from irc.lowering.kernels.prepare import fold_constants
 from irc.lowering.kernels.signature import signature_of
-from irc.lowering.reference.target import portable_passes
+from irc.lowering.reference.target import merges_of_siblings, portable_passes
 from irc.lowering.triton.artifact import FORMAT, TritonArtifact
 from irc.lowering.triton.module import installed
 from irc.lowering.triton.options import TritonOptions
@@ -65,16 +65,7 @@ class TritonTarget(Target):
 
     def default_passes(self, program: Program) -> list[Pass]:
         """Sibling layers as one, where there are any: fewer and larger products."""
-        from irc.passes.fuse.merge_gate_up import MergeGateUp
-        from irc.passes.fuse.merge_qkv import MergeQkv
-
-        operations = {op_name(node) for node in program.operations()}
-        merges: list[Pass] = []
-        if operations & {"irc.attention", "irc.flash_attention"}:
-            merges.append(MergeQkv())
-        if "irc.glu" in operations:
-            merges.append(MergeGateUp())
-        return [*merges, *portable_passes(program)]
+        return [*merges_of_siblings(program), *portable_passes(program)]
 
 
 def _check(program: Program, options: TritonOptions) -> Coverage:

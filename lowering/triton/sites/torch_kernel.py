@@ -45,8 +45,9 @@ def match(options: TritonOptions, definer: Definer, node: fx.Node) -> Site | Non
 def _operation(node: fx.Node) -> fx.Node | None:
     """The operation that computes a node: its own, or that of which it is one result."""
     source = node.args[0] if node.target is operator.getitem else node
-    functional = isinstance(source, fx.Node) and isinstance(source.target, torch._ops.OpOverload)
-    return source if functional and not source.target._schema.is_mutable else None  # type: ignore[union-attr,return-value]
+    if not isinstance(source, fx.Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return None
+    return None if source.target._schema.is_mutable else source
 
 
 def _wanted(definer: Definer, node: fx.Node, made: fx.Node) -> bool:
