@@ -318,3 +318,12 @@ def test_generate_with_a_draft_says_the_same(run) -> None:
     drafted = run(*arguments, "--draft", "tinypy-draft")
     assert (code, drafted[0], drafted[1]) == (0, 0, plain)
     assert "guesses stood" in drafted[2]
+
+
+def test_reasons_keep_their_brackets(run, monkeypatch) -> None:
+    from irc.core.target import get_target
+
+    monkeypatch.setattr(type(get_target("gguf")), "available", lambda self: "pip install 'irc-compiler[gguf]'")
+    code, out, _ = run("targets")
+    assert code == 0
+    assert "irc-compiler[gguf]" in out

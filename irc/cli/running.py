@@ -132,6 +132,7 @@ def targets() -> None:
     import importlib
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from irc.core.target import registered_targets
@@ -139,7 +140,7 @@ def targets() -> None:
     importlib.import_module("irc.lowering")  # registers them
     table = Table("target", "what it gives", "here")
     for name, target in registered_targets().items():
-        table.add_row(name, target.description, target.available() or "ready")
+        table.add_row(name, target.description, escape(target.available() or "ready"))
     Console().print(table)
 
 
